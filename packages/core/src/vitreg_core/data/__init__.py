@@ -1,0 +1,1 @@
+"""Images that models read: drawn scenes, folders of photos, and how to prepare them."""

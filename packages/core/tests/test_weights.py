@@ -1,0 +1,190 @@
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from vitreg_core import PreprocessConfig, VisionTransformer, ViTConfig, load_model, save_model
+from vitreg_core.data.images import list_images, read_image
+from vitreg_core.errors import InputError
+from vitreg_core.test_time import Neuron, add_test_time_register
+from vitreg_core.weights.files import weights_hash
+
+CONFIG = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, registers=2, num_classes=5)
+PREPROCESS = PreprocessConfig(image_size=32, crop_ratio=0.8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with a small model of ours."""
+    save_model(VisionTransformer(CONFIG, PREPROCESS), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_saved_model_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model = VisionTransformer(CONFIG, PREPROCESS).eval()
+    save_model(model, tmp_path / "model")
+    for source in (tmp_path / "model", str(tmp_path / "model" / "model.safetensors")):
+        loaded = load_model(source)
+        assert (loaded.config, loaded.preprocess.config) == (CONFIG, PREPROCESS)
+        assert weights_hash(loaded) == weights_hash(model)
+        assert (loaded.source, loaded.training) == (str(source), False)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_the_hash_sees_every_value() -> None:
+    model = VisionTransformer(CONFIG)
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.cls[0] += 1e-6
+    assert weights_hash(model) != before
+
+
+def test_a_preset_says_that_its_weights_are_random() -> None:
+    assert load_model("vit_ti32_reg4").source == "vit_ti32_reg4 (random weights)"
+
+
+def timm_folder(folder: Path, registers: int, name: str = "model.safetensors") -> torch.nn.Module:
+    theirs = timm.models.VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=192, depth=2, num_heads=3, num_classes=7, reg_tokens=registers
+    )
+    theirs = (
+        theirs
+        if registers == 0
+        else timm.models.VisionTransformer(
+            img_size=64,
+            patch_size=16,
+            embed_dim=192,
+            depth=2,
+            num_heads=3,
+            num_classes=7,
+            reg_tokens=registers,
+            no_embed_class=True,
+        )
+    )
+    folder.mkdir()
+    if name.endswith(".bin"):
+        torch.save({"state_dict": theirs.state_dict()}, folder / name)
+    else:
+        save_file(theirs.state_dict(), folder / name)
+    settings = {"input_size": [3, 64, 64], "crop_pct": 0.875, "interpolation": "bilinear", "mean": [0.1] * 3}
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": settings}))
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(("registers", "name"), [(0, "model.safetensors"), (4, "pytorch_model.bin")])
+@torch.no_grad()
+def test_timm_folders_give_timms_numbers(tmp_path: Path, registers: int, name: str) -> None:
+    theirs, ours = timm_folder(tmp_path / "timm", registers, name), load_model(tmp_path / "timm")
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours.classify(images), theirs(images), rtol=0, atol=1e-5)
+    assert ours.config.class_position == (registers == 0)
+    assert ours.preprocess.config == PreprocessConfig(
+        image_size=64, crop_ratio=0.875, interpolation="bilinear", mean=(0.1, 0.1, 0.1)
+    )
+
+
+def test_heads_of_an_unusual_width_are_asked_for(tmp_path: Path) -> None:
+    timm_folder(tmp_path / "timm", 0)
+    tensors = dict(load_file(tmp_path / "timm" / "model.safetensors").items())
+    tensors["patch_embed.proj.weight"] = torch.zeros(200, 3, 16, 16)
+    save_file(tensors, tmp_path / "timm" / "model.safetensors")
+    with pytest.raises(InputError, match=r'"model_args": \{"num_heads": N\} into the config.json'):
+        load_model(tmp_path / "timm")
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("exploded",)
+
+
+def pickled_code(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), protocol=2))
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (edit(lambda t: t.pop("norm.weight")), r"tensor norm.weight of shape \(24,\) is missing; nothing was"),
+    "unexpected": (edit(lambda t: t.update(extra=torch.zeros(3))), r"unexpected tensor extra of shape \(3,\)"),
+    "misshapen": (edit(lambda t: t.update(cls=torch.zeros(25))), r"tensor cls has shape \(25,\), not \(24,\)"),
+    "nan": (edit(lambda t: t["cls"].fill_(torch.nan)), "tensor cls holds values that are not finite"),
+    "integers": (edit(lambda t: t.update(cls=torch.zeros(24, dtype=torch.long))), "tensor cls holds values"),
+    "truncated": (truncate, "not a readable weights file .*; fetch or write it again"),
+    "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "not a readable weights file"),
+    "code": (pickled_code, "not a readable weights file"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in it; give"),
+    "config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    "config list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not an object"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "neither our format .* nor a timm ViT"),
+    "config field": (
+        lambda folder: (folder / "config.json").write_text('{"library": "vitreg", "model": {"dept": 1}}'),
+        "dept=1: unknown option; did you mean depth",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_refused_in_one_line(
+    saved: Path, damage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    break_it, advice = DAMAGES[damage]
+    break_it(saved)
+    with pytest.raises(InputError, match=advice) as error:
+        load_model(saved)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_unknown_sources_are_refused_with_advice() -> None:
+    with pytest.raises(InputError, match="no such file or folder, and no preset; give a folder"):
+        load_model("somewhere/else")
+    with pytest.raises(InputError, match="did you mean vit_s16_reg4"):
+        load_model("vit_s16_regs4")
+
+
+def test_a_changed_model_is_not_saved_as_if_it_were_not(tmp_path: Path) -> None:
+    edited = add_test_time_register(VisionTransformer(CONFIG), [Neuron(0, 0)])
+    with pytest.raises(InputError, match="changed after it was built; save the one it was made from"):
+        save_model(edited, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write the model .*; give another folder"):
+        save_model(VisionTransformer(CONFIG), tmp_path / "file")
+
+
+@pytest.mark.real_data
+@torch.no_grad()
+def test_the_sample_vit_equals_timm_on_photos(shared_data: Path) -> None:
+    folder = shared_data / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    theirs = timm.create_model("vit_tiny_patch16_224").eval()
+    theirs.load_state_dict(load_file(folder / "model.safetensors"))
+    ours = load_model(folder)
+    paths = list_images(shared_data / "imagenet-sample" / "val")[::63][:16]
+    images = torch.stack([ours.preprocess(read_image(path)) for path in paths])
+    assert len(images) == 16
+    features = ours(images)
+    assert features.cls is not None
+    tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
+    assert (tokens - theirs.forward_features(images)).abs().max() < 1e-4

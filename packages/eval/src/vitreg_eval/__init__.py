@@ -1,0 +1,1 @@
+"""Frozen-feature evaluation, object discovery and artifact diagnosis of vision transformers."""

@@ -1,0 +1,1 @@
+"""One module per task; each has `run(backbone, options, out) -> Outcome`."""

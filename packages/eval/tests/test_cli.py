@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vitreg_core import VisionTransformer, ViTConfig, save_model
+from vitreg_eval.cli import main
+from vitreg_eval.task import TASKS
+
+FIELDS = {"task", "model", "data", "settings", "metrics", "notes", "versions", "seed", "commit", "seconds"}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with a small model."""
+    config = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    save_model(VisionTransformer(config), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(line: str) -> None:
+    main(line.split())
+
+
+def test_a_task_prints_a_table_and_writes_everything(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    run(f"knn --model {source} --out {out} --train_images 64 --test_images 32 --k 5 --device cpu --seed 3")
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) == FIELDS
+    assert result["metrics"]["top1"]["n"] == result["data"]["n"] == 32
+    assert len(result["model"]["hash"]) == 64
+    assert (result["seed"], result["settings"]["k"]) == (3, 5)
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed
+    assert str(out / "result.json") in printed
+
+
+def test_several_models_get_a_folder_each(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(f"norms --model {source} --model {source} --out {out} --test_images 16")
+    results = [json.loads((out / name / "result.json").read_text()) for name in ("0_model", "1_model")]
+    assert results[0]["metrics"] == results[1]["metrics"]
+
+
+BAD = {
+    "task": ("lsot", "unknown task 'lsot'; did you mean lost"),
+    "no model": ("knn", "no model: give --model SOURCE"),
+    "option": ("knn --modle x", "unknown option --modle; did you mean model"),
+    "value": ("knn --model x --k 0", "k='0': Input should be greater than 0"),
+    "choice": ("lost --model x --dataset voc", "dataset='voc'"),
+    "source": ("knn --model nowhere --out {out}", "model source 'nowhere': no such file or folder"),
+    "preset": ("knn --model vit_s16_rg4 --out {out}", "did you mean vit_s16_reg4"),
+    "images": ("doctor --model {source} --images {out}/none --out {out}", "no such folder; give a folder"),
+    "no images": ("doctor --model {source} --images {source} --out {out}", "0 images found"),
+    "data": ("lost --dataset voc07 --model {source} --out {out}", "no data: give --data DIR or set VITREG_DATA"),
+    "out": ("knn --model {source} --out {source}/config.json", "cannot be made"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_line_and_code_2(
+    case: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VITREG_DATA", raising=False)
+    line, advice = BAD[case]
+    with pytest.raises(SystemExit) as ended:
+        run(line.format(source=source, out=tmp_path / "out"))
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vitreg-eval: error: ")
+    assert error.count("\n") == 1
+    assert advice in error
+    assert not list((tmp_path / "out").rglob("result.json"))
+
+
+@pytest.mark.parametrize("line", ["", "--help", "list"])
+def test_help_names_every_task(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(line)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in TASKS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--version")
+    assert capsys.readouterr().out == "vitreg-eval 0.1.0\n"
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from vitreg_eval.cli import main; main(['--help']); print('torch' in sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.endswith("False\n")
