@@ -142,16 +142,16 @@ def test_boxes_are_those_of_scipy(scenes: Scenes) -> None:
         assert boxes == expected
 
 
-def test_mask_holds_the_shapes_of_the_instances(scenes: Scenes) -> None:
-    classes = np.concatenate([np.zeros((500, 1), dtype=np.int64), scenes.shapes.numpy() + 1], axis=1)
+def test_mask_holds_the_classes_of_the_instances(scenes: Scenes) -> None:
+    classes = np.concatenate([np.zeros((500, 1), dtype=np.int64), scenes.textures.numpy() + 1], axis=1)
     expected = np.take_along_axis(classes, scenes.instances.numpy().reshape(500, -1), axis=1).reshape(500, 64, 64)
     assert np.array_equal(scenes.mask.numpy(), expected)
-    assert scenes.mask.amax() == len(SHAPES)
+    assert scenes.mask.amax() == len(TEXTURES)
 
 
 def test_label_is_the_class_of_the_largest_object(scenes: Scenes) -> None:
     counts = pixel_counts(scenes)
-    assert torch.equal(scenes.shapes[torch.arange(500), counts.argmax(1)], scenes.label)
+    assert torch.equal(scenes.textures[torch.arange(500), counts.argmax(1)], scenes.label)
     assert (counts[:, 1:] < 0.8 * counts[:, :1]).all()
 
 
@@ -170,18 +170,18 @@ def test_one_to_three_objects_as_often(scenes: Scenes) -> None:
     assert torch.equal(scenes.present, scenes.textures >= 0)
 
 
-def test_relation_joins_main_shape_and_second_texture(scenes: Scenes) -> None:
-    for relation, label, textures in zip(
-        scenes.relation.tolist(), scenes.label.tolist(), scenes.textures.tolist(), strict=True
+def test_relation_joins_main_texture_and_second_shape(scenes: Scenes) -> None:
+    for relation, label, shapes in zip(
+        scenes.relation.tolist(), scenes.label.tolist(), scenes.shapes.tolist(), strict=True
     ):
-        other = textures[0] if textures[1] == -1 else textures[1]
-        assert divmod(relation, 6) == (label, other)
+        other = shapes[0] if shapes[1] == -1 else shapes[1]
+        assert divmod(relation, 8) == (label, other)
 
 
 def test_classes_are_balanced() -> None:
     scenes = draw_scenes(6000, 1, image_size=16)
     assert NUM_RELATIONS == 48
-    for labels, classes in ((scenes.label, 8), (scenes.relation, 48), (scenes.textures[:, 0], 6)):
+    for labels, classes in ((scenes.label, 6), (scenes.relation, 48), (scenes.shapes[:, 0], 8)):
         assert stats.chisquare(labels.bincount(minlength=classes).numpy()).pvalue > 1e-3
 
 

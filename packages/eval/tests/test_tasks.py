@@ -196,6 +196,14 @@ def test_lost_writes_boxes_and_pictures(model: VisionTransformer, tmp_path: Path
         assert picture.width > 100
 
 
+def test_lost_says_when_the_features_are_all_alike(model: VisionTransformer, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.block(1).attn.qkv.bias[24:48] = 100.0
+    outcome = lost.run(model, LostOptions(test_images=5), tmp_path)
+    assert outcome.metrics["full_image_share"].value == 1
+    assert "found in 100% of the images: their keys are all alike; try --features values" in outcome.notes[1]
+
+
 def test_norms_are_those_of_the_residual_stream(model: VisionTransformer, tmp_path: Path) -> None:
     options = NormsOptions(test_images=20)
     outcome = norms.run(model, options, tmp_path)

@@ -20,10 +20,10 @@ from torch import Tensor
 from vitreg_core.errors import InputError
 
 SHAPES = ("disc", "square", "triangle", "star", "cross", "heart", "flower", "bar")
-"""Names of the shape classes, in the order of `Scenes.label`."""
+"""Names of the shapes."""
 TEXTURES = ("plain", "striped", "checked", "dotted", "ringed", "zigzag")
-"""Names of the texture classes."""
-NUM_RELATIONS = len(SHAPES) * len(TEXTURES)
+"""Names of the textures: the classes of objects, in the order of `Scenes.label`."""
+NUM_RELATIONS = len(TEXTURES) * len(SHAPES)
 """Number of classes of `Scenes.relation`."""
 MIN_IMAGE_SIZE = 16
 """Smallest side in pixels at which every object still shows."""
@@ -55,9 +55,9 @@ class Scenes:
     image: Float[Tensor, "b 3 height width"]
     """Colours in 0 to 1."""
     label: Int[Tensor, " b"]
-    """Shape of the main object, an index of SHAPES."""
+    """Class of the main object: its texture, an index of TEXTURES."""
     relation: Int[Tensor, " b"]
-    """Shape of the main object and texture of the second (its own when alone): shape * len(TEXTURES) + texture."""
+    """Texture of the main object and shape of the second (its own when alone): texture * len(SHAPES) + shape."""
     shapes: Int[Tensor, "b 3"]
     """Shape of each object, -1 where there is none."""
     textures: Int[Tensor, "b 3"]
@@ -65,7 +65,7 @@ class Scenes:
     boxes: Int[Tensor, "b 3 4"]
     """x0 y0 x1 y1 in pixels, half-open: the tight box of each object's visible pixels, zeros where there is none."""
     mask: Int[Tensor, "b height width"]
-    """0 on the ground, else 1 + the shape of the visible object."""
+    """0 on the ground, else 1 + the class (texture) of the visible object."""
     instances: Int[Tensor, "b height width"]
     """0 on the ground, else 1 + the place of the visible object in `shapes`."""
     depth: Float[Tensor, "b height width"]
@@ -387,13 +387,13 @@ def describe(
     instances: Float[Tensor, "b height width"],
 ) -> Scenes:
     """Collect what was painted with all that is known of it."""
-    classes = torch.cat([torch.zeros_like(objects.shapes[:, :1]), objects.shapes + 1], dim=1)
+    classes = torch.cat([torch.zeros_like(objects.textures[:, :1]), objects.textures + 1], dim=1)
     ids = instances.to(torch.int64)
-    main, other = objects.textures[:, 0], objects.textures[:, 1]
+    main, other = objects.shapes[:, 0], objects.shapes[:, 1]
     return Scenes(
         image=image,
-        label=objects.shapes[:, 0],
-        relation=objects.shapes[:, 0] * len(TEXTURES) + torch.where(other >= 0, other, main),
+        label=objects.textures[:, 0],
+        relation=objects.textures[:, 0] * len(SHAPES) + torch.where(other >= 0, other, main),
         shapes=objects.shapes,
         textures=objects.textures,
         boxes=tight_boxes(instances),

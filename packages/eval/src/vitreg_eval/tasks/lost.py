@@ -27,6 +27,8 @@ from vitreg_eval.results import DataRecord, Outcome, write_json
 
 YEARS: dict[str, Year] = {"voc07": 2007, "voc12": 2012}
 PICTURES = 12
+ALIKE_SHARE = 0.5
+"""Above this share of whole-image boxes, the reader is told."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,15 @@ def run(backbone: Backbone, options: LostOptions, out: Path) -> Outcome:
     found = search(backbone, iter(photos), options, pictured=spread(photo_set.data.n, PICTURES))
     write_json(out / "boxes.json", [record(find) for find in found])
     draw(found).savefig(out / "boxes.png")
+    metrics = evaluate(found, options.seed)
     notes = [f"boxes of all images in {out / 'boxes.json'}, pictures in {out / 'boxes.png'}"]
-    return Outcome(evaluate(found, options.seed), photo_set.data, notes)
+    share = metrics["full_image_share"].value
+    if share > ALIKE_SHARE:
+        notes.append(
+            f"nothing but the whole image was found in {share:.0%} of the images: their {options.features} are all "
+            "alike; try --features values, --center or --bias"
+        )
+    return Outcome(metrics, photo_set.data, notes)
 
 
 def open_photos(backbone: Backbone, options: LostOptions) -> PhotoSet:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vitreg_core.data.scenes import SHAPES
+from vitreg_core.data.scenes import TEXTURES
 from vitreg_core.features import Backbone
 
 from vitreg_eval.config import SegmentOptions
@@ -14,11 +14,11 @@ from vitreg_eval.heads import SegmentHead, train_head
 from vitreg_eval.metrics import Metric, confusion_matrix, measure, pooled_miou, pooled_pixel_accuracy
 from vitreg_eval.results import Outcome
 
-CLASSES = 1 + len(SHAPES)
+CLASSES = 1 + len(TEXTURES)
 
 
 def run(backbone: Backbone, options: SegmentOptions, out: Path) -> Outcome:  # noqa: ARG001 (draws nothing)
-    """Mean intersection over union over background and shapes, and pixel accuracy, 0 to 1."""
+    """Mean intersection over union over background and object classes, and pixel accuracy, 0 to 1."""
     train, test = train_and_test(backbone, options)
     return Outcome(evaluate(train, test, options), test.data)
 

@@ -1,0 +1,198 @@
+"""What the quickstart does: train, evaluate, draw, write the page."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quickstart import QuickstartOptions
+from tqdm import tqdm
+from vitreg_core import VisionTransformer, load_model
+from vitreg_core.config import override
+from vitreg_core.data.scenes import draw_scenes
+from vitreg_core.planted import plant_register_neurons
+from vitreg_core.provenance import commit, versions
+from vitreg_core.test_time import add_test_time_register
+from vitreg_core.weights.files import weights_hash
+from vitreg_eval import showcase
+from vitreg_eval.config import DepthOptions, KnnOptions, LinearOptions, LostOptions, NormsOptions, SegmentOptions
+from vitreg_eval.datasets import photo_folder, scenes
+from vitreg_eval.extract import train_and_test
+from vitreg_eval.metrics import Metric
+from vitreg_eval.published import PAPER, WITHOUT_AND_WITH
+from vitreg_eval.report import Page, Section, apart, comparison, settings_section, write_page
+from vitreg_eval.results import table, write_json
+from vitreg_eval.tasks import depth, doctor, knn, linear, lost, norms, segment
+from vitreg_recipes import find, train
+
+WITHOUT, WITH = "R = 0", "R = {}"
+PLANTED, MENDED = "R = 0, planted artifact", "planted artifact + test-time register"
+CALIBRATION_SEED = 77
+HIGHER_IS_BETTER = ("linear top1", "knn top1", "segment miou", "lost corloc")
+LOWER_IS_BETTER = ("depth rmse",)
+
+
+def quickstart(options: QuickstartOptions) -> None:
+    """Train, evaluate and write the page."""
+    started = time.perf_counter()
+    photos = load_photos(options)
+    models = build_models(options)
+    results = {name: evaluate(name, model, options) for name, model in models.items()}
+    sections = [*scene_sections(models, results, options), *photo_sections(photos, options)]
+    settings = everything(models, options, time.perf_counter() - started)
+    lead = [LEAD, verdict(results, WITH.format(options.registers))]
+    page = Page("What registers change", lead, [*sections, settings_section(settings)])
+    plain = {name: {metric: m.model_dump() for metric, m in metrics.items()} for name, metrics in results.items()}
+    write_json(options.out / "result.json", {"task": "quickstart", "metrics": plain, **settings})
+    write_page(page, options.out / "report.html")
+    for name, metrics in results.items():
+        print(f"\n{name}\n{table(metrics)}")
+    print(f"\n{verdict(results, WITH.format(options.registers))}")
+    print(f"report: {options.out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
+
+
+LEAD = (
+    "A small vision transformer was trained twice on drawn scenes from the same seed: once without registers, once "
+    "with. Both were frozen and measured. Two more columns show what an artifact does: it was planted by hand into "
+    "the model without registers, and then moved to a test-time register."
+)
+
+
+def load_photos(options: QuickstartOptions) -> VisionTransformer | None:
+    """The model for the part on photos, loaded first so that a wrong path fails at once."""
+    if options.model is None or options.images is None:
+        return None
+    model = load_model(options.model)
+    photo_folder(model.preprocess, options.images, options.limit, batch_size=32)
+    return model
+
+
+def build_models(options: QuickstartOptions) -> dict[str, VisionTransformer]:
+    """The two trained models, and the first one with a planted artifact, before and after it is moved."""
+    models = {WITHOUT: trained(0, options), WITH.format(options.registers): trained(options.registers, options)}
+    base = models[WITHOUT]
+    images = base.preprocess.normalize(draw_scenes(256, (options.seed, CALIBRATION_SEED), image_size=64).image)
+    models[PLANTED], neurons = plant_register_neurons(base, images, layer=base.depth // 2)
+    models[MENDED] = add_test_time_register(models[PLANTED], neurons)
+    return models
+
+
+def trained(registers: int, options: QuickstartOptions) -> VisionTransformer:
+    """Train with this many registers, or continue where an earlier quickstart stopped."""
+    changes: dict[str, Any] = {
+        "model.registers": registers,
+        "seed": options.seed,
+        "precision": "fp32-fast",
+        "out": options.out / f"r{registers}",
+    }
+    config = override(find("deit3_scenes"), changes | ({"steps": options.steps} if options.steps else {}))
+    print(f"training {config.steps} steps with {registers} registers", file=sys.stderr)
+    assert config.out is not None
+    model = train(config, resume=(config.out / "run.json").exists())
+    model.source = str(config.out)
+    return model
+
+
+def evaluate(name: str, model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
+    """All tasks on one model; the probes share one extraction."""
+    common: dict[str, Any] = {"seed": options.seed, "precision": "fp32-fast"}
+    sizes = {"train_images": options.train_images, "test_images": options.test_images}
+    with tqdm(total=7, desc=f"evaluating {name}", disable=None, leave=False) as bar:
+        train_set, test_set = train_and_test(model, KnnOptions(**common, **sizes))
+        bar.update()
+        tasks: tuple[tuple[str, Callable[[], dict[str, Metric]]], ...] = (
+            ("linear", lambda: linear.evaluate(train_set, test_set, LinearOptions(**common))),
+            ("knn", lambda: knn.evaluate(train_set, test_set, KnnOptions(**common))),
+            (
+                "segment",
+                lambda: segment.evaluate(train_set, test_set, SegmentOptions(**common, steps=options.head_steps)),
+            ),
+            ("depth", lambda: depth.evaluate(train_set, test_set, DepthOptions(**common, steps=options.head_steps))),
+            ("lost", lambda: evaluate_lost(model, options)),
+            ("doctor", lambda: evaluate_doctor(model, options)),
+        )
+        found: dict[str, Metric] = {}
+        for task, measure in tasks:
+            found |= {f"{task} {metric}": value for metric, value in measure().items()}
+            bar.update()
+    return found
+
+
+def lost_options(options: QuickstartOptions) -> LostOptions:
+    """LOST as the paper ran it for DeiT-III: on values."""
+    return LostOptions(seed=options.seed, test_images=options.test_images, features="values", precision="fp32-fast")
+
+
+def evaluate_lost(model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
+    """CorLoc on scenes."""
+    settings = lost_options(options)
+    found = lost.search(model, lost.open_photos(model, settings).photos, settings)
+    return lost.evaluate(found, options.seed)
+
+
+def evaluate_doctor(model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
+    """Norms and outliers on scenes."""
+    settings = NormsOptions(seed=options.seed, test_images=options.test_images)
+    patches = norms.token_norms(model, norms.open_images(model, settings), settings).patches
+    return doctor.evaluate(doctor.diagnose(patches), options.seed)
+
+
+def scene_sections(
+    models: Mapping[str, VisionTransformer], results: Mapping[str, Mapping[str, Metric]], options: QuickstartOptions
+) -> list[Section]:
+    """Table and figures on scenes."""
+    text = [
+        f"{options.test_images} scenes that no model has seen; 95 % intervals by bootstrap over images. Probes and "
+        f"heads were fitted on {options.train_images} other scenes. Accuracy is that of the main object's class.",
+        f"The values of the paper ({PAPER}) are of other models on other data: compare directions, not values.",
+        "The columns marked planted are a demonstration: two hidden units of one MLP were written by hand. They show "
+        "that outliers are found and removed, not that training made them.",
+    ]
+    image_set = scenes(models[WITHOUT].preprocess, 256, options.seed, "test")
+    shown = showcase.exhibit(models, image_set, NormsOptions(seed=options.seed), lost_options(options))
+    return [Section("Numbers", text, comparison(results, WITHOUT_AND_WITH)), *showcase.show(shown)]
+
+
+def photo_sections(model: VisionTransformer | None, options: QuickstartOptions) -> list[Section]:
+    """The same figures for real weights on real photos."""
+    if model is None or options.images is None:
+        return []
+    image_set = photo_folder(model.preprocess, options.images, options.limit, batch_size=32)
+    settings = NormsOptions(seed=options.seed, images=options.images, limit=options.limit)
+    shown = showcase.exhibit({model.source: model}, image_set, settings, lost_options(options))
+    found = doctor.evaluate(doctor.diagnose(shown.norms[model.source].patches), options.seed)
+    about = f"{image_set.data.n} photos of {options.images}, weights {model.source}, nothing planted."
+    numbers = Section("Photos: numbers", [about], comparison({model.source: found}, {}))
+    sections = showcase.show(shown)
+    return [numbers, *(Section(f"Photos: {s.title}", s.text, s.table, s.figures) for s in sections)]
+
+
+def verdict(results: Mapping[str, Mapping[str, Metric]], with_registers: str) -> str:
+    """What registers brought on scenes, in one sentence, by the intervals alone."""
+    without, having = results[WITHOUT], results[with_registers]
+    gains: list[str] = []
+    losses: list[str] = []
+    for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER):
+        if apart(without[name], having[name]):
+            better = (having[name].value > without[name].value) == (name in HIGHER_IS_BETTER)
+            (gains if better else losses).append(name)
+    artifacts = [name for name in (WITHOUT, with_registers) if "doctor cutoff" in results[name]]
+    modes = f"Outlier tokens: {' and '.join(artifacts) if artifacts else 'none in either trained model'}."
+    if not gains and not losses:
+        return f"Registers brought nothing on scenes: no metric differs beyond its 95 % interval. {modes}"
+    parts = [f"better in {', '.join(gains)}"] * bool(gains) + [f"worse in {', '.join(losses)}"] * bool(losses)
+    return f"With registers the model is {' and '.join(parts)}, beyond the 95 % intervals (one seed). {modes}"
+
+
+def everything(models: Mapping[str, VisionTransformer], options: QuickstartOptions, seconds: float) -> dict[str, Any]:
+    """All that the page was made with."""
+    return {
+        "settings": options.model_dump(mode="json"),
+        "lost": lost_options(options).model_dump(mode="json"),
+        "training": find("deit3_scenes").model_dump(mode="json"),
+        "models": {name: {"source": m.source, "hash": weights_hash(m)} for name, m in models.items()},
+        "versions": versions(),
+        "seed": options.seed,
+        "commit": commit(),
+        "seconds": round(seconds, 1),
+    }

@@ -1,0 +1,163 @@
+"""TrainConfig: everything that fixes a training run. This module imports no torch."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from vitreg_core.config import Config, ViTConfig
+from vitreg_core.errors import InputError
+
+SCENES = "scenes"
+FREE_ON_RESUME = frozenset({"out", "log_every", "save_every", "keep_last", "data.workers"})
+"""Fields that change no weight, and so may change when a run continues."""
+
+
+class OptimConfig(Config):
+    """Optimizer and learning rate; betas are 0.9 and 0.999, epsilon is 1e-8."""
+
+    name: Literal["lamb", "adamw"] = "lamb"
+    """LAMB, which clips the gradient to norm 1 inside, or AdamW, which does not clip."""
+    lr: PositiveFloat = 4e-3
+    """Highest learning rate; it is not scaled by the batch size."""
+    weight_decay: NonNegativeFloat = 0.05
+    """Decay of all but biases, norms, LayerScale, tokens and positions."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up, counted within the cosine."""
+    warmup_lr: NonNegativeFloat = 1e-6
+    """Learning rate of the first warm-up step."""
+    min_lr: NonNegativeFloat = 1e-5
+    """Learning rate at the end of the cosine."""
+
+
+class DataConfig(Config):
+    """What to train on."""
+
+    path: str = SCENES
+    """`scenes`, drawn while training, or a folder with one sub-folder of images per class (its `train`, if it has)."""
+    label: Literal["class", "relation"] = "class"
+    """What to learn of scenes: texture of the main object (6), or that and the shape of the second object (48)."""
+    batch_size: PositiveInt = 256
+    """Images per step, over all processes."""
+    workers: NonNegativeInt = 2
+    """Processes that read image files, per training process; any number gives the same pixels. Scenes need none."""
+
+
+class MixConfig(Config):
+    """Mixing of two images and their labels; where both are on, each batch takes one of them at random."""
+
+    mixup: NonNegativeFloat = 0.8
+    """Alpha of Mixup; 0 turns it off."""
+    cutmix: NonNegativeFloat = 1.0
+    """Alpha of CutMix; 0 turns it off."""
+
+    @property
+    def active(self) -> bool:
+        """Whether batches are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+class LossConfig(Config):
+    """Loss of the classifier."""
+
+    name: Literal["bce", "ce"] = "bce"
+    """Binary cross-entropy, where each class in the mix counts as fully there, or cross-entropy on soft targets."""
+    smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Label smoothing; cross-entropy only."""
+
+
+class TrainConfig(Config):
+    """A training run. The number of classes comes from the data."""
+
+    model: ViTConfig = ViTConfig()
+    """Shapes of the model."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    data: DataConfig = DataConfig()
+    """What to train on."""
+    mix: MixConfig = MixConfig()
+    """Mixing of images."""
+    loss: LossConfig = LossConfig()
+    """Loss of the classifier."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Fixes weights, data order, augmentation, mixing and drop path."""
+    precision: Literal["fp32", "fp32-fast", "bf16"] = "fp32"
+    """Exact float32, faster float32 products, or bfloat16 autocast."""
+    save_every: PositiveInt = 500
+    """Steps between checkpoints."""
+    keep_last: PositiveInt = 2
+    """Checkpoints to keep."""
+    log_every: PositiveInt = 20
+    """Steps between lines of the log."""
+    out: Path | None = None
+    """Folder of the run; none trains without writing anything."""
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse fields that do not go together.
+
+    Raises:
+        InputError: names the fields, their values, and what to do.
+    """
+    optim, loss, data = config.optim, config.loss, config.data
+    if config.model.num_classes:
+        raise InputError(
+            f"model.num_classes={config.model.num_classes}: the number of classes comes from the data; leave it at 0"
+        )
+    if optim.warmup_steps > config.steps:
+        raise InputError(f"optim.warmup_steps={optim.warmup_steps} of steps={config.steps}; warm up for fewer steps")
+    if max(optim.min_lr, optim.warmup_lr) > optim.lr:
+        raise InputError(
+            f"optim.lr={optim.lr} is below optim.min_lr={optim.min_lr} or optim.warmup_lr={optim.warmup_lr}; "
+            "lr is the highest of the three"
+        )
+    if loss.name == "bce" and loss.smoothing:
+        raise InputError(
+            f"loss.smoothing={loss.smoothing} with loss.name=bce would make every class a target; "
+            "set smoothing to 0, or name to ce"
+        )
+    if data.label != "class" and data.path != SCENES:
+        raise InputError(f"data.label={data.label} with data.path={data.path}: only scenes have that; use class")
+
+
+def local_batch(config: TrainConfig, processes: int) -> int:
+    """Images per step in each process.
+
+    Raises:
+        InputError: the batch does not divide by the processes, or a process could not mix its share in pairs.
+    """
+    size = config.data.batch_size
+    if size % processes:
+        raise InputError(f"data.batch_size={size} does not divide by {processes} processes; give a multiple")
+    if config.mix.active and (size // processes) % 2:
+        raise InputError(
+            f"data.batch_size={size} over {processes} processes is odd, and mixing takes pairs; "
+            "give an even share, or turn off mix.mixup and mix.cutmix"
+        )
+    return size // processes
+
+
+def check_same(config: TrainConfig, before: TrainConfig) -> None:
+    """Refuse to continue a run with another config.
+
+    Raises:
+        InputError: names the first field that differs, and both values.
+    """
+    now, then = dict(flatten(config.model_dump())), dict(flatten(before.model_dump()))
+    for name in now.keys() - FREE_ON_RESUME:
+        if now[name] != then[name]:
+            raise InputError(
+                f"{config.out}: the run there has {name}={then[name]}, not {now[name]}; "
+                "resume with the same value, or give another --out"
+            )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested mappings under its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,48 @@
+"""Parameter groups, optimizers and the learning rate of a step."""
+
+import math
+from typing import Any
+
+from timm.optim import Lamb
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from vitreg_core.vit import VisionTransformer
+
+from vitreg_recipes.config import OptimConfig
+
+EPSILON = 1e-8  # DeiT-III's script overrides apex's 1e-6
+
+
+def parameter_groups(model: VisionTransformer, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters in two: not decayed, and decayed.
+
+    Biases, norms, LayerScale and the names in `no_weight_decay()` (tokens and positions, of any shape) are not decayed.
+    Empty parameters, such as those of 0 registers, are left out.
+    """
+    spared = model.no_weight_decay()
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            groups[parameter.ndim > 1 and name not in spared].append(parameter)
+    return [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": weight_decay}]
+
+
+def make_optimizer(model: VisionTransformer, config: OptimConfig) -> Optimizer:
+    """LAMB as DeiT-III uses it (apex's FusedLAMB: clips the whole gradient to norm 1 inside), or AdamW."""
+    groups = parameter_groups(model, config.weight_decay)
+    if config.name == "lamb":
+        return Lamb(groups, lr=config.lr, eps=EPSILON, max_grad_norm=1.0)
+    return AdamW(groups, lr=config.lr, eps=EPSILON)
+
+
+def lr_at(step: int, config: OptimConfig, steps: int) -> float:
+    """Learning rate of a step, from 0: linear warm-up, then the cosine, within which the warm-up counts (DeiT-III)."""
+    if step < config.warmup_steps:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

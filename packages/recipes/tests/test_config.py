@@ -1,0 +1,74 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vitreg_core.config import field_names, override
+from vitreg_core.errors import InputError
+from vitreg_recipes import find, list_runs
+from vitreg_recipes.config import TrainConfig, check, check_same, local_batch
+
+
+def test_configs_and_the_list_of_runs_need_no_torch() -> None:
+    code = "import sys, vitreg_recipes as r; r.list_runs(); r.TrainConfig; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_option_says_what_it_is() -> None:
+    sections = [TrainConfig, *(field.annotation for field in TrainConfig.model_fields.values())]
+    fields = [field for s in sections if hasattr(s, "model_fields") for field in s.model_fields.values()]
+    assert len(fields) > len(list(field_names(TrainConfig))) / 2
+    assert all(field.description for field in fields)
+
+
+def test_runs_are_valid_and_described() -> None:
+    assert "deit3_scenes" in list_runs()
+    for name, line in list_runs().items():
+        check(find(name))
+        assert line
+
+
+def test_an_unknown_run_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown run 'deit_scenes'; did you mean deit3_scenes"):
+        find("deit_scenes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"model.num_classes": 5}, "comes from the data; leave it at 0"),
+        ({"optim.warmup_steps": 9, "steps": 8}, "warmup_steps=9 of steps=8; warm up for fewer"),
+        ({"optim.lr": 1e-7}, "lr is the highest of the three"),
+        ({"loss.smoothing": 0.1}, "set smoothing to 0, or name to ce"),
+        (
+            {"data.label": "relation", "data.path": "photos"},
+            "data.path=photos: only scenes have that; use class",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, object], advice: str) -> None:
+    with pytest.raises(InputError, match=advice):
+        check(override(find("deit3_scenes"), changes))
+
+
+@pytest.mark.parametrize(("name", "value"), [("optim.lr", 0), ("steps", 0), ("seed", -1), ("precision", "fp16")])
+def test_values_out_of_range_are_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(InputError, match=f"{name}={value!r}"):
+        override(find("deit3_scenes"), {name: value})
+
+
+def test_a_batch_is_shared_evenly_and_in_pairs() -> None:
+    config = override(find("deit3_scenes"), {"data.batch_size": 12, "mix.mixup": 0.8})
+    assert local_batch(config, 2) == 6
+    with pytest.raises(InputError, match="batch_size=12 does not divide by 5 processes; give a multiple"):
+        local_batch(config, 5)
+    with pytest.raises(InputError, match="odd, and mixing takes pairs; give an even share, or turn off"):
+        local_batch(config, 4)
+    assert local_batch(override(config, {"mix.mixup": 0, "mix.cutmix": 0}), 4) == 3
+
+
+def test_another_config_is_refused_by_field() -> None:
+    before = override(find("deit3_scenes"), {"out": "a", "optim.lr": 1e-3})
+    check_same(override(before, {"out": Path("b"), "log_every": 7, "data.workers": 5}), before)
+    with pytest.raises(InputError, match=r"b: the run there has optim.lr=0.001, not 0.002; resume with the same"):
+        check_same(override(before, {"out": "b", "optim.lr": 2e-3}), before)
