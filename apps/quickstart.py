@@ -6,6 +6,7 @@
 It takes a few minutes on two CPU cores, needs no network and no data, and writes runs/quickstart/report.html.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -47,9 +48,14 @@ def main() -> None:
     with one_line_errors(PROGRAM):
         options = parse_options(QuickstartOptions(), sys.argv[1:], PROGRAM)
         check(options)
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow each other down on busy cores
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
         from quickstart_job import quickstart  # imports torch, which --help does without
 
-        quickstart(options)
+        try:
+            quickstart(options)
+        except KeyboardInterrupt:
+            sys.exit("quickstart: stopped; the same command continues")
 
 
 def check(options: QuickstartOptions) -> None:

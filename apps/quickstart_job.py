@@ -1,10 +1,15 @@
 """What the quickstart does: train, evaluate, draw, write the page."""
 
-import sys
+import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, redirect_stderr
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+import torch
 from quickstart import QuickstartOptions
 from tqdm import tqdm
 from vitreg_core import VisionTransformer, load_model
@@ -23,7 +28,7 @@ from vitreg_eval.published import PAPER, WITHOUT_AND_WITH
 from vitreg_eval.report import Page, Section, apart, comparison, settings_section, write_page
 from vitreg_eval.results import table, write_json
 from vitreg_eval.tasks import depth, doctor, knn, linear, lost, norms, segment
-from vitreg_recipes import find, train
+from vitreg_recipes import TrainConfig, find, train
 
 WITHOUT, WITH = "R = 0", "R = {}"
 PLANTED, MENDED = "R = 0, planted artifact", "planted artifact + test-time register"
@@ -69,7 +74,8 @@ def load_photos(options: QuickstartOptions) -> VisionTransformer | None:
 
 def build_models(options: QuickstartOptions) -> dict[str, VisionTransformer]:
     """The two trained models, and the first one with a planted artifact, before and after it is moved."""
-    models = {WITHOUT: trained(0, options), WITH.format(options.registers): trained(options.registers, options)}
+    without, having = train_both(options)
+    models = {WITHOUT: without, WITH.format(options.registers): having}
     base = models[WITHOUT]
     images = base.preprocess.normalize(draw_scenes(256, (options.seed, CALIBRATION_SEED), image_size=64).image)
     models[PLANTED], neurons = plant_register_neurons(base, images, layer=base.depth // 2)
@@ -77,25 +83,45 @@ def build_models(options: QuickstartOptions) -> dict[str, VisionTransformer]:
     return models
 
 
-def trained(registers: int, options: QuickstartOptions) -> VisionTransformer:
-    """Train with this many registers, or continue where an earlier quickstart stopped."""
+def train_both(options: QuickstartOptions) -> list[VisionTransformer]:
+    """Train without and with registers side by side, or continue where an earlier quickstart stopped.
+
+    Models this small gain little from a second thread, so each run has a process with one thread to itself.
+    """
+    runs = [run_config(registers, options) for registers in (0, options.registers)]
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        ended = [pool.submit(train_alone, run, shown=run is runs[-1]) for run in runs]
+        for run in ended:
+            run.result()
+    return [load_model(str(run.out)) for run in runs]
+
+
+def train_alone(config: TrainConfig, *, shown: bool) -> None:
+    """Train in this process with one thread; one of the runs shows its progress for both."""
+    torch.set_num_threads(1)
+    assert config.out is not None
+    with ExitStack() as stack:
+        if not shown:
+            stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
+        train(config, resume=(config.out / "run.json").exists())
+
+
+def run_config(registers: int, options: QuickstartOptions) -> TrainConfig:
+    """The run with this many registers."""
     changes: dict[str, Any] = {
         "model.registers": registers,
         "seed": options.seed,
-        "precision": "fp32-fast",
         "out": options.out / f"r{registers}",
     }
-    config = override(find("deit3_scenes"), changes | ({"steps": options.steps} if options.steps else {}))
-    print(f"training {config.steps} steps with {registers} registers", file=sys.stderr)
-    assert config.out is not None
-    model = train(config, resume=(config.out / "run.json").exists())
-    model.source = str(config.out)
-    return model
+    run = find("deit3_scenes")
+    if options.steps is not None:
+        changes |= {"steps": options.steps, "optim.warmup_steps": min(run.optim.warmup_steps, options.steps // 10)}
+    return override(run, changes)
 
 
 def evaluate(name: str, model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
     """All tasks on one model; the probes share one extraction."""
-    common: dict[str, Any] = {"seed": options.seed, "precision": "fp32-fast"}
+    common: dict[str, Any] = {"seed": options.seed}
     sizes = {"train_images": options.train_images, "test_images": options.test_images}
     with tqdm(total=7, desc=f"evaluating {name}", disable=None, leave=False) as bar:
         train_set, test_set = train_and_test(model, KnnOptions(**common, **sizes))
@@ -120,7 +146,7 @@ def evaluate(name: str, model: VisionTransformer, options: QuickstartOptions) ->
 
 def lost_options(options: QuickstartOptions) -> LostOptions:
     """LOST as the paper ran it for DeiT-III: on values."""
-    return LostOptions(seed=options.seed, test_images=options.test_images, features="values", precision="fp32-fast")
+    return LostOptions(seed=options.seed, test_images=options.test_images, features="values")
 
 
 def evaluate_lost(model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:

@@ -89,9 +89,8 @@ class SceneData:
         for number in count(step):
             seed = (self.seed, number, share.process)
             scenes = draw_scenes(share.size, seed, image_size=self.preprocess.image_size, device=device)
-            yield Batch(
-                preprocess.normalize(scenes.image), scenes.relation if self.label == "relation" else scenes.label
-            )
+            labels = scenes.relation if self.label == "relation" else scenes.label
+            yield Batch(preprocess.normalize(scenes.image), labels)
 
 
 class FolderData:
