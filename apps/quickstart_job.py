@@ -45,14 +45,14 @@ def quickstart(options: QuickstartOptions) -> None:
     results = {name: evaluate(name, model, options) for name, model in models.items()}
     sections = [*scene_sections(models, results, options), *photo_sections(photos, options)]
     settings = everything(models, options, time.perf_counter() - started)
-    lead = [LEAD, verdict(results, WITH.format(options.registers))]
+    lead = [LEAD, verdict(results, WITH.format(options.registers)), planted_verdict(results)]
     page = Page("What registers change", lead, [*sections, settings_section(settings)])
     plain = {name: {metric: m.model_dump() for metric, m in metrics.items()} for name, metrics in results.items()}
     write_json(options.out / "result.json", {"task": "quickstart", "metrics": plain, **settings})
     write_page(page, options.out / "report.html")
     for name, metrics in results.items():
         print(f"\n{name}\n{table(metrics)}")
-    print(f"\n{verdict(results, WITH.format(options.registers))}")
+    print("\n" + "\n".join(lead[1:]))
     print(f"report: {options.out / 'report.html'} ({time.perf_counter() - started:.0f} s)")
 
 
@@ -174,7 +174,7 @@ def scene_sections(
         "The columns marked planted are a demonstration: two hidden units of one MLP were written by hand. They show "
         "that outliers are found and removed, not that training made them.",
     ]
-    image_set = scenes(models[WITHOUT].preprocess, 256, options.seed, "test")
+    image_set = scenes(models[WITHOUT].preprocess, options.test_images, options.seed, "test")
     shown = showcase.exhibit(models, image_set, NormsOptions(seed=options.seed), lost_options(options))
     return [Section("Numbers", text, comparison(results, WITHOUT_AND_WITH)), *showcase.show(shown)]
 
@@ -194,20 +194,32 @@ def photo_sections(model: VisionTransformer | None, options: QuickstartOptions) 
 
 
 def verdict(results: Mapping[str, Mapping[str, Metric]], with_registers: str) -> str:
-    """What registers brought on scenes, in one sentence, by the intervals alone."""
-    without, having = results[WITHOUT], results[with_registers]
-    gains: list[str] = []
-    losses: list[str] = []
-    for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER):
-        if apart(without[name], having[name]):
-            better = (having[name].value > without[name].value) == (name in HIGHER_IS_BETTER)
-            (gains if better else losses).append(name)
+    """What registers brought on scenes, by the intervals alone."""
+    changed = differences(results[WITHOUT], results[with_registers])
     artifacts = [name for name in (WITHOUT, with_registers) if "doctor cutoff" in results[name]]
     modes = f"Outlier tokens: {' and '.join(artifacts) if artifacts else 'none in either trained model'}."
-    if not gains and not losses:
+    if not changed:
         return f"Registers brought nothing on scenes: no metric differs beyond its 95 % interval. {modes}"
-    parts = [f"better in {', '.join(gains)}"] * bool(gains) + [f"worse in {', '.join(losses)}"] * bool(losses)
-    return f"With registers the model is {' and '.join(parts)}, beyond the 95 % intervals (one seed). {modes}"
+    return f"With registers the model is {changed}, beyond the 95 % intervals (one seed). {modes}"
+
+
+def planted_verdict(results: Mapping[str, Mapping[str, Metric]]) -> str:
+    """What the planted artifact did, and what is left of it after it is moved."""
+    harm, rest = (differences(results[WITHOUT], results[name]) for name in (PLANTED, MENDED))
+    return (
+        f"Against the model without registers, the planted artifact makes it {harm or 'no different in any metric'}; "
+        f"with the artifact moved to a test-time register it is {rest or 'no different in any metric'}."
+    )
+
+
+def differences(first: Mapping[str, Metric], second: Mapping[str, Metric]) -> str:
+    """In what the second model is better or worse than the first, beyond the intervals; empty where in nothing."""
+    names: dict[str, list[str]] = {"better": [], "worse": []}
+    for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER):
+        if apart(first[name], second[name]):
+            better = (second[name].value > first[name].value) == (name in HIGHER_IS_BETTER)
+            names["better" if better else "worse"].append(name)
+    return " and ".join(f"{how} in {', '.join(which)}" for how, which in names.items() if which)
 
 
 def everything(models: Mapping[str, VisionTransformer], options: QuickstartOptions, seconds: float) -> dict[str, Any]:
@@ -215,7 +227,7 @@ def everything(models: Mapping[str, VisionTransformer], options: QuickstartOptio
     return {
         "settings": options.model_dump(mode="json"),
         "lost": lost_options(options).model_dump(mode="json"),
-        "training": find("deit3_scenes").model_dump(mode="json"),
+        "training": [run_config(count, options).model_dump(mode="json") for count in (0, options.registers)],
         "models": {name: {"source": m.source, "hash": weights_hash(m)} for name, m in models.items()},
         "versions": versions(),
         "seed": options.seed,

@@ -101,7 +101,9 @@ def test_planted_outliers_sit_in_the_background() -> None:
     images = clean.preprocess.normalize(scenes.image)
     planted, _ = plant_register_neurons(clean, images, layer=2)
     found = find_outliers(patch_norms(planted, images)[-1])
-    background = rearrange(scenes.mask == 0, "b (rows y) (cols x) -> b (rows cols) (y x)", y=8, x=8).float().mean(dim=-1)
+    background = (
+        rearrange(scenes.mask == 0, "b (rows y) (cols x) -> b (rows cols) (y x)", y=8, x=8).float().mean(dim=-1)
+    )
     assert background.mean() < 0.8
     assert background[found.mask].mean() > 0.95
 

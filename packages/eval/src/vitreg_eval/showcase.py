@@ -72,10 +72,11 @@ def show(shown: Exhibit) -> list[Section]:
 def norm_section(shown: Exhibit) -> Section:
     """Norms per block, per kind of token, and as maps."""
     patches = {name: measured.patches for name, measured in shown.norms.items()}
-    verdicts = {name: doctor.diagnose(values).verdict for name, values in patches.items()}
+    found = {name: doctor.diagnose(values) for name, values in patches.items()}
+    short = ["artifacts" if diagnosis.last.found else "no outlier mode" for diagnosis in found.values()]
     figures = [
         picture(
-            plot_norms_per_block(patches, [verdict.partition(":")[0][:26] for verdict in verdicts.values()]),
+            plot_norms_per_block(patches, short),
             "Norms of patch tokens after each block, before the final norm; darker where more tokens are.",
         ),
         norm_maps(shown),
@@ -85,7 +86,7 @@ def norm_section(shown: Exhibit) -> Section:
         for name, measured in shown.norms.items()
         if measured.registers.shape[-1]
     ]
-    return Section("Norms", [f"{name}: {verdict}." for name, verdict in verdicts.items()], figures=figures)
+    return Section("Norms", [f"{name}: {diagnosis.verdict}." for name, diagnosis in found.items()], figures=figures)
 
 
 def norm_maps(shown: Exhibit) -> Picture:

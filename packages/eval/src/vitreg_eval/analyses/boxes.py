@@ -20,7 +20,7 @@ def plot_boxes(images: Sequence[np.ndarray], found: Sequence[Box], true: Sequenc
         found: x0, y0, x1, y1 in pixels for each image.
         true: such boxes for each image; may be empty.
     """
-    cols = min(len(images), 6)
+    cols = min(len(images), 8)
     rows = -(-len(images) // cols)
     figure, grid = panels(rows, cols)
     for axes in grid.flat[len(images) :]:

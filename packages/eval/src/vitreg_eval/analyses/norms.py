@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from vitreg_core.outliers import Outliers
 
-from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, show_image
+from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, plain_log_ticks, show_image
 
 QUANTILES = (0.5, 0.9, 0.98, 0.999, 1.0)
 
@@ -40,6 +40,7 @@ def draw_blocks(axes: Axes, norms: Float[Tensor, "depth b p"], edges: np.ndarray
     axes.plot(blocks, quantiles[:, 0], color="black", linewidth=1, label="median")
     axes.plot(blocks, quantiles[:, -1], color=OUTLIER_COLOUR, linewidth=1, label="maximum")
     axes.set_yscale("log")
+    plain_log_ticks(axes.yaxis)
     axes.set_xlabel("block (counted from 0)")
     axes.legend(fontsize=7, loc="upper left")
 
@@ -54,6 +55,7 @@ def plot_norm_histogram(norms: Float[Tensor, "b p"], found: Outliers, title: str
         axes.legend(fontsize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_log_ticks(axes.xaxis)
     axes.set_xlabel("L2 norm of patch tokens")
     axes.set_ylabel("tokens")
     axes.set_title(title, fontsize=9)
@@ -90,6 +92,7 @@ def plot_norms_by_kind(norms: Mapping[str, Float[np.ndarray, " n"]], title: str)
         bins = np.geomspace(max(low, 1e-3) * 0.95, high * 1.05, 70)
         grid[0][0].hist(values, bins=bins, weights=weights, histtype="step", label=name)
     grid[0][0].set_xscale("log")
+    plain_log_ticks(grid[0][0].xaxis)
     grid[0][0].set_xlabel("L2 norm after the last block, before the final norm")
     grid[0][0].set_ylabel("share of the tokens of a kind")
     grid[0][0].legend(fontsize=8)

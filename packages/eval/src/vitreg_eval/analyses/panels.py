@@ -1,10 +1,13 @@
 """Figures made of equal panels, without any global state."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 OUTLIER_COLOUR = "#d62728"
 TRUTH_COLOUR = "#2ca02c"
@@ -22,6 +25,12 @@ def show_image(axes: Axes, pixels: np.ndarray, title: str = "") -> None:
     bare(axes, title)
 
 
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis at its powers of ten alone, where there are any, so that labels never meet."""
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter("{x:g}")
+
+
 def bare(axes: Axes, title: str = "") -> None:
     """Take ticks away and set a small title."""
     axes.set_xticks([])
@@ -35,5 +44,5 @@ def image_rows(images: Sequence[np.ndarray], maps: Mapping[str, Sequence[np.ndar
     for row, (name, pictures) in enumerate({"image": images, **maps}.items()):
         for axes, picture in zip(grid[row], pictures, strict=True):
             show_image(axes, picture)
-        grid[row, 0].set_ylabel(name, fontsize=8)
+        grid[row, 0].set_ylabel(fill(name, 18), fontsize=8)
     return figure

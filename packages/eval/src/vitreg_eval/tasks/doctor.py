@@ -101,7 +101,7 @@ def block_record(index: int, block: Outliers) -> dict[str, object]:
 
 def draw(backbone: Backbone, image_set: ImageSet, found: Diagnosis, out: Path) -> None:
     """Norms of every block, the histogram of the last, and images with their norm and attention maps."""
-    plot_norms_per_block({"patch tokens": found.norms}, [found.verdict.partition(":")[0]]).savefig(out / "norms.png")
+    plot_norms_per_block({"patch tokens": found.norms}).savefig(out / "norms.png")
     plot_norm_histogram(found.norms[-1], found.last, "after the last block").savefig(out / "histogram.png")
     chosen = worst_images(found.last.mask, found.norms[-1], PICTURES)
     images = pick(image_set, chosen)
