@@ -1,6 +1,5 @@
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_example_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks(ROOT / "README.md", "python")
-    assert code.count("\n") == 5
+    assert len([line for line in code.splitlines() if line]) == 5
     pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -47,9 +46,3 @@ def test_commands_in_the_docs_have_options_that_exist(command: str) -> None:
     rest = [word for word in words[1:] if word != "--resume"]
     found = subprocess.run([*script, *rest, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-
-
-def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
-    assert "pip install -q uv && uv run pytest" in (ROOT / "README.md").read_text()
-    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text()
-    assert shutil.which("bash")

@@ -28,6 +28,8 @@ def test_every_form_of_an_option_is_read() -> None:
         ("--model.regsters 4", "unknown option --model.regsters; did you mean model.registers"),
         ("--rate", "--rate takes one value, got 0"),
         ("--rate 1 2", "--rate takes one value, got 2"),
+        ("--rate 1 --rate 2", "--rate takes one value, got 2"),
+        ("--regsters 4 --help", "unknown option --regsters"),
         ("--rate abc", "rate='abc': Input should be a valid number"),
         ("rate 1", "unexpected argument 'rate'; options look like --name value"),
     ],

@@ -16,25 +16,26 @@ def parse_options(default: C, arguments: Sequence[str], program: str) -> C:
 
     `--field value` or `--field=value` sets a field, dots reach into sections, a tuple takes several values or the
     option several times, a boolean may stand alone, `none` empties an optional field. `--help` prints all fields with
-    their present values, and exits.
+    the values that stand on the command line, and exits.
 
     Raises:
         InputError: unknown option (with the nearest name), a missing value, or one that the field refuses.
     """
-    if "--help" in arguments or "-h" in arguments:
-        print_help(default, program)
     changes: dict[str, Any] = {}
-    for name, values in split_arguments(arguments):
+    for name, values in split_arguments([argument for argument in arguments if argument not in {"-h", "--help"}]):
         annotation = field_type(type(default), name)
         if get_origin(annotation) is tuple:
             changes[name] = (*changes.get(name, ()), *values)
         elif annotation is bool and not values:
             changes[name] = True
-        elif len(values) != 1:
-            raise InputError(f"option --{name} takes one value, got {len(values)}")
+        elif len(values) != 1 or name in changes:
+            raise InputError(f"option --{name} takes one value, got {len(values) + (name in changes)}")
         else:
             changes[name] = None if values[0].lower() == "none" else values[0]
-    return override(default, changes, where="option")
+    changed = override(default, changes, where="option")
+    if "--help" in arguments or "-h" in arguments:
+        print_help(changed, program)
+    return changed
 
 
 def split_arguments(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from vitreg_core.config import nearest
 from vitreg_core.errors import InputError
+
 from vitreg_recipes.config import TrainConfig
 from vitreg_recipes.runs import deit3
 

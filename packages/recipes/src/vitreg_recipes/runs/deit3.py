@@ -1,6 +1,7 @@
 """Runs with the DeiT-III signal."""
 
 from vitreg_core.config import ViTConfig
+
 from vitreg_recipes.config import DataConfig, LossConfig, MixConfig, OptimConfig, TrainConfig
 
 
