@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from vitreg_core.config import Config
 from vitreg_core.errors import InputError
 from vitreg_core.options import one_line_errors, parse_options
@@ -23,13 +23,13 @@ class QuickstartOptions(Config):
 
     out: Path = Path("runs/quickstart")
     """Folder for the two runs, result.json and report.html; an earlier quickstart there is continued."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of everything; the same seed gives the same numbers."""
     registers: PositiveInt = 4
     """Registers of the second model."""
     steps: PositiveInt | None = None
     """Training steps of each model; those of deit3_scenes if not given."""
-    train_images: PositiveInt = 2048
+    train_images: int = Field(default=2048, ge=50)
     """Scenes that probes and heads are fitted on."""
     test_images: PositiveInt = 1024
     """Scenes that everything is measured on."""

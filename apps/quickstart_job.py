@@ -171,6 +171,8 @@ def scene_sections(
         f"{options.test_images} scenes that no model has seen; 95 % intervals by bootstrap over images. Probes and "
         f"heads were fitted on {options.train_images} other scenes. Accuracy is that of the main object's class.",
         f"The values of the paper ({PAPER}) are of other models on other data: compare directions, not values.",
+        "LOST reads the values of the last block. A scene has 64 patches, fewer than LOST's 100 candidates, so every "
+        "patch is one.",
         "The columns marked planted are a demonstration: two hidden units of one MLP were written by hand. They show "
         "that outliers are found and removed, not that training made them.",
     ]

@@ -45,7 +45,7 @@ def use_all_cores() -> None:
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available()
     if alone and "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def main(arguments: list[str]) -> None:

@@ -72,8 +72,8 @@ def test_neurons_that_are_not_there_are_refused(neurons: list[Neuron], advice: s
 
 def test_moving_twice_is_refused() -> None:
     once = add_test_time_register(model(), NEURONS)
-    with pytest.raises(InputError, match="give all to the original model at once"):
-        add_test_time_register(once, [Neuron(1, 1)])
+    with pytest.raises(InputError, match="give all neurons to the original model at once"):
+        add_test_time_register(once, [Neuron(0, 1)])
 
 
 @torch.no_grad()

@@ -97,6 +97,30 @@ def test_heads_of_an_unusual_width_are_asked_for(tmp_path: Path) -> None:
         load_model(tmp_path / "timm")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("cls_token", torch.zeros(192), r"cls_token has shape \(192,\), which no timm ViT has"),
+        ("pos_embed", torch.zeros(2, 17, 192), r"pos_embed has shape \(2, 17, 192\), which no"),
+        ("pos_embed", torch.zeros(1, 19, 192), "no square grid with or without a class row"),
+        ("blocks.1.norm1.weight", torch.zeros(5), r"blocks.1.norm1.weight has shape \(5,\), not \(192,\)"),
+        ("fc_norm.weight", torch.zeros(192), "unexpected tensor fc_norm.weight"),
+    ],
+)
+def test_misshapen_timm_tensors_are_named(tmp_path: Path, name: str, value: torch.Tensor, advice: str) -> None:
+    timm_folder(tmp_path / "timm", 0)
+    save_file(
+        {**load_file(tmp_path / "timm" / "model.safetensors"), name: value}, tmp_path / "timm" / "model.safetensors"
+    )
+    with pytest.raises(InputError, match=advice):
+        load_model(tmp_path / "timm")
+
+
+def test_sources_of_other_libraries_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match="'timm:vit_tiny': this version reads files and presets only"):
+        load_model("timm:vit_tiny")
+
+
 def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")

@@ -47,3 +47,4 @@ def test_images_are_picked_from_most_to_fewest_outliers() -> None:
     norms[3, 0] = 2
     assert worst_images(mask, norms, 4) == [2, 0, 3, 1]
     assert worst_images(mask, norms, 2) == [2, 3]
+    assert worst_images(mask, norms, 9) == [2, 0, 3, 1]

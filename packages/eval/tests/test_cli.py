@@ -47,7 +47,19 @@ def test_several_models_get_a_folder_each(source: Path, tmp_path: Path) -> None:
 
 BAD = {
     "task": ("lsot", "unknown task 'lsot'; did you mean lost"),
-    "no model": ("knn", "no model: give --model SOURCE"),
+    "no model": ("knn", "missing: --model SOURCE"),
+    "nothing": (
+        "lost --dataset voc07",
+        "missing: --model SOURCE, a model or run folder, a weights file or a preset and --data DIR",
+    ),
+    "device": ("knn --model {source} --out {out} --device mps", "--device mps: there is none; give --device cpu"),
+    "seed": ("knn --model {source} --seed 99999999999", "seed='99999999999': Input should be less than"),
+    "lost data": ("lost --model {source} --data {source}", "with --dataset scenes; give --dataset voc07"),
+    "lost both": ("lost --model {source} --images x --dataset voc07", "give one of them"),
+    "relation": ("knn --model {source} --data x --label relation", "only scenes have relations"),
+    "limit": ("norms --model {source} --limit 3", "--limit 3 without --images"),
+    "layer": ("lost --model {source} --layer 7 --test_images 2 --out {out}", "layer 7 of a model with 2 blocks"),
+    "second model": ("knn --model {source} --model nowhere --out {out}", "model source 'nowhere'"),
     "option": ("knn --modle x", "unknown option --modle; did you mean model"),
     "value": ("knn --model x --k 0", "k='0': Input should be greater than 0"),
     "choice": ("lost --model x --dataset voc", "dataset='voc'"),
@@ -55,7 +67,10 @@ BAD = {
     "preset": ("knn --model vit_s16_rg4 --out {out}", "did you mean vit_s16_reg4"),
     "images": ("doctor --model {source} --images {out}/none --out {out}", "no such folder; give a folder"),
     "no images": ("doctor --model {source} --images {source} --out {out}", "0 images found"),
-    "data": ("lost --dataset voc07 --model {source} --out {out}", "no data: give --data DIR or set VITREG_DATA"),
+    "data": (
+        "lost --dataset voc07 --model {source} --out {out}",
+        "missing: --data DIR, the folder that holds VOCdevkit",
+    ),
     "out": ("knn --model {source} --out {source}/config.json", "cannot be made"),
 }
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
-from vitreg_core.config import override
-from vitreg_recipes import find
-from vitreg_recipes.config import TrainConfig
+
+if TYPE_CHECKING:
+    from vitreg_recipes.config import TrainConfig
 
 TINY = {
     "model.image_size": 16,
@@ -32,7 +33,7 @@ TINY = {
     "save_every": 2,
     "log_every": 2,
 }
-Tiny = Callable[..., TrainConfig]
+Tiny = Callable[..., "TrainConfig"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,10 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def tiny() -> Tiny:
     """deit3_scenes in a hundredth of a second per step; takes overrides with `__` for dots."""
+    from vitreg_core.config import override  # not above: shapes are checked in what is imported after this file
+    from vitreg_recipes import find
 
-    def build(**changes: object) -> TrainConfig:
+    def build(**changes: object) -> "TrainConfig":
         return override(find("deit3_scenes"), TINY | {name.replace("__", "."): v for name, v in changes.items()})
 
     return build

@@ -76,12 +76,11 @@ def add_test_time_register(model: VisionTransformer, neurons: Sequence[Neuron]) 
 
 def check_neurons(model: VisionTransformer, neurons: Sequence[Neuron]) -> None:
     """Refuse neurons that are not there."""
+    if any(isinstance(block.mlp, MovedNeurons) for block in map(model.block, range(model.depth))):
+        raise InputError("this model has moved neurons already; give all neurons to the original model at once")
     if not neurons:
         raise InputError("0 neurons given; name at least one (layer, unit) that writes the outliers")
     for neuron in neurons:
-        mlp = model.block(neuron.layer).mlp
-        if isinstance(mlp, MovedNeurons):
-            raise InputError(f"block {neuron.layer} has moved neurons already; give all to the original model at once")
-        units = mlp.hidden_dim
+        units = model.block(neuron.layer).mlp.hidden_dim
         if not 0 <= neuron.unit < units:
             raise InputError(f"unit {neuron.unit} of block {neuron.layer}, which has {units}; use 0 to {units - 1}")

@@ -69,9 +69,14 @@ def list_text() -> str:
 
 def run_task(task: Task, options: TaskOptions) -> None:
     """Measure every model of the options."""
-    if not options.model:
-        raise InputError("no model: give --model SOURCE, a model or run folder, a weights file or a preset")
+    from vitreg_eval.paths import check_needs
+
+    check_needs(options)
+    from vitreg_core.weights import load_model
+
     out = options.out or Path("runs") / "eval" / task.name
+    for source in options.model[1:]:
+        load_model(source)  # so that a wrong one is named before minutes have passed
     for index, source in enumerate(options.model):
         measure_model(task, options, source, out if len(options.model) == 1 else out / f"{index}_{Path(source).name}")
 
@@ -86,7 +91,7 @@ def measure_model(task: Task, options: TaskOptions, source: str, out: Path) -> N
     started = time.perf_counter()
     make_folder(out)
     torch.manual_seed(options.seed)
-    model = load_model(source).to(options.device or best_device())
+    model = load_model(source).to(device(options))
     outcome = task.run(model, options, out)
     write_json(out / "result.json", result(task.name, model, outcome, options, time.perf_counter() - started))
     print(f"{task.name}: {model.source} on {outcome.data.name} {outcome.data.split} ({outcome.data.n} images)")
@@ -95,10 +100,17 @@ def measure_model(task: Task, options: TaskOptions, source: str, out: Path) -> N
         print(note)
 
 
-def best_device() -> str:
-    """CUDA where there is one, then Apple's GPU, then the CPU."""
+def device(options: TaskOptions) -> str:
+    """The device asked for, or the fastest there is.
+
+    Raises:
+        InputError: there is no such device.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if options.device is None:
+        return next(name for name, found in there.items() if found)
+    if not there[options.device]:
+        raise InputError(f"--device {options.device}: there is none; give --device cpu, or leave it out")
+    return options.device

@@ -18,7 +18,7 @@ class TaskOptions(Config):
     """Where to compute; the fastest there is if not given."""
     precision: Literal["fp32", "fp32-fast", "bf16"] = "fp32"
     """Exact float32, faster float32 products, or bfloat16."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of drawn scenes, heads and bootstrap; the same seed gives the same numbers."""
     batch_size: PositiveInt = 64
     """Images per forward pass."""
@@ -34,7 +34,7 @@ class ClassifyOptions(TaskOptions):
 class ProbeOptions(TaskOptions):
     """What the tasks on frozen features of a training and a test set take."""
 
-    train_images: PositiveInt = 3000
+    train_images: int = Field(default=3000, ge=50)
     """Scenes to fit on."""
     test_images: PositiveInt = 1000
     """Scenes to measure on; never part of any training set."""

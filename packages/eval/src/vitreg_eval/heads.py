@@ -83,7 +83,10 @@ class SegmentHead(nn.Module):
 
 
 class DepthHead(nn.Module):
-    """One linear layer to weights over 256 depths, whose mean is the depth in metres (DINOv2, linear head)."""
+    """One linear layer to weights over 256 depths, whose mean is the depth in metres.
+
+    As the linear head of DINOv2, but depths are enlarged to the image, not features by four before the layer.
+    """
 
     bins: Float[Tensor, " bins"]
 

@@ -1,5 +1,6 @@
 """Image files and folders, labelled or not, and the preprocessing that a checkpoint expects."""
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from vitreg_core.config import PreprocessConfig
 from vitreg_core.errors import InputError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, struct.error)
+"""What Pillow raises for files that are cut off or no images."""
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -39,6 +42,11 @@ class Preprocess:
         mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.config.mean, self.config.std))
         return (pixels - mean) / std
 
+    def denormalize(self, pixels: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
+        """Undo `normalize`: pixels in 0 to 1, to be looked at."""
+        mean, std = (pixels.new_tensor(value).view(3, 1, 1) for value in (self.config.mean, self.config.std))
+        return pixels * std + mean
+
 
 def resize_shorter(image: Image.Image, shorter: int, resample: Image.Resampling) -> Image.Image:
     """Resize so that the shorter side has this many pixels; the longer side is rounded down."""
@@ -62,7 +70,7 @@ def read_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
 
 

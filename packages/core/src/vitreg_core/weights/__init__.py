@@ -46,6 +46,8 @@ def save_model(model: VisionTransformer, folder: str | Path) -> None:
 
 def preset(name: str) -> VisionTransformer:
     """Build a preset, or say what a source may be."""
+    if name.partition(":")[0] in {"hub", "timm", "transformers", "open_clip"}:
+        raise InputError(f"model source {name!r}: this version reads files and presets only; give a folder of weights")
     if not name.startswith("vit_"):
         hint = nearest(name, list_models())
         raise InputError(

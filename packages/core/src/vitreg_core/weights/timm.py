@@ -10,8 +10,11 @@ from vitreg_core.errors import InputError
 from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights.files import Tensors, load_checked, shape
 
-# Heads cannot be read off the tensors; these are the widths of timm's ViTs with 64 (giant: 88, gigantic: 104) per head.
+# Heads cannot be read off the tensors; these are those of timm's ViTs of a width.
 HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+
+DIMS = {"cls_token": 3, "pos_embed": 3, "reg_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+"""Tensors that are read before all are checked, and their dimensions; the first of three is 1."""
 
 
 def load(file: Path, config: dict[str, Any], tensors: Tensors) -> VisionTransformer:
@@ -32,12 +35,18 @@ def infer_config(file: Path, config: dict[str, Any], tensors: Tensors) -> ViTCon
     Raises:
         InputError: a tensor that every timm ViT with a class token has is missing.
     """
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"):
-        if name not in tensors:
+    for name, dims in DIMS.items():
+        if name in tensors and (tensors[name].ndim != dims or (dims == 3 and len(tensors[name]) != 1)):
+            raise InputError(f"{file}: tensor {name} has shape {shape(tensors[name])}, which no timm ViT has")
+        if name not in tensors and name != "reg_token":
             raise InputError(
                 f"{file}: tensor {name} is missing, so this is neither our format (config.json with "
                 '"library": "vitreg") nor a timm ViT; these are the two that can be read'
             )
+    if config.get("global_pool", "token") not in ("token", ""):
+        raise InputError(
+            f"{file}: its head reads global_pool={config['global_pool']!r}; only class-token heads are read"
+        )
     embed_dim, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[-1]
     rows, has_class_row = position_rows(file, tensors)
     gamma = tensors.get("blocks.0.ls1.gamma")

@@ -104,4 +104,5 @@ def worst_images(mask: Bool[Tensor, "b p"], norms: Float[Tensor, "b p"], count: 
     """Indices of images from most to fewest outliers, evenly spread; ties by largest norm. A rule, not a choice."""
     score = mask.sum(dim=1).double() + norms.max(dim=1).values.double() / (norms.max().double() + 1)
     order = score.argsort(descending=True, stable=True).tolist()
-    return [order[index * len(order) // count] for index in range(min(count, len(order)))]
+    count = min(count, len(order))
+    return [order[index * len(order) // count] for index in range(count)]

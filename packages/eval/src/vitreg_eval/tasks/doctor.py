@@ -1,6 +1,6 @@
 """The doctor: does a backbone have outlier tokens, how many, from which block on, and what they look like."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ class Diagnosis:
 
     @property
     def emergence(self) -> int | None:
-        """First block from which outliers stay; None when they do not."""
+        """First block with outliers that the next block has too; None where there is none."""
         return emergence_block([block.found for block in self.blocks])
 
     @property
@@ -45,7 +45,7 @@ class Diagnosis:
         """One sentence for the reader."""
         if not self.last.found:
             return f"no outlier mode in the norms of {self.norms[0].numel()} patch tokens after the last block"
-        since = "in the last block only" if self.emergence is None else f"from block {self.emergence} on"
+        since = "in the last block only" if self.emergence is None else f"first seen in block {self.emergence}"
         return (
             f"artifacts: {self.last.fraction:.2%} of the patch tokens, in {self.last.image_fraction:.1%} of images, "
             f"have norms above {self.last.cutoff:.4g} (median {self.last.median_norm:.4g}), {since} "
@@ -63,7 +63,10 @@ def run(backbone: Backbone, options: DoctorOptions, out: Path) -> Outcome:
     found = diagnose(token_norms(backbone, image_set, options).patches)
     write_json(out / "blocks.json", [block_record(index, block) for index, block in enumerate(found.blocks)])
     draw(backbone, image_set, found, out)
-    notes = [found.verdict, f"pictures norms.png, histogram.png, images.png and blocks.json are in {out}"]
+    notes = [
+        found.verdict,
+        f"norms.png, histogram.png, images.png, attention.png and blocks.json (with simpler statistics) are in {out}",
+    ]
     if found.last.found:
         notes.append(
             "what to do: pretrain with registers (--model.registers 4), or keep the outliers off the patches "
@@ -96,7 +99,7 @@ def evaluate(found: Diagnosis, seed: int) -> dict[str, Metric]:
 def block_record(index: int, block: Outliers) -> dict[str, object]:
     """One block for blocks.json."""
     names = ("found", "rule", "cutoff", "fraction", "image_fraction", "median_norm", "max_norm", "ratio", "separation")
-    return {"block": index} | {name: getattr(block, name) for name in names}
+    return {"block": index} | {name: getattr(block, name) for name in names} | {"evidence": asdict(block.evidence)}
 
 
 def draw(backbone: Backbone, image_set: ImageSet, found: Diagnosis, out: Path) -> None:
@@ -107,7 +110,7 @@ def draw(backbone: Backbone, image_set: ImageSet, found: Diagnosis, out: Path) -
     images = pick(image_set, chosen)
     rows, cols = (side // backbone.patch_size for side in images.shape[-2:])
     maps = rearrange(found.norms[:, chosen], "depth b (rows cols) -> depth b rows cols", rows=rows, cols=cols)
-    before = max((found.emergence or len(maps) - 1) - 1, 0)
+    before = max((len(maps) - 1 if found.emergence is None else found.emergence) - 1, 0)
     names = (f"norms, block {before}", f"norms, block {len(maps) - 1}")
     pictures = [picture(backbone, image) for image in images]
     plot_norm_maps(pictures, maps[before], maps[-1], names).savefig(out / "images.png")
@@ -131,5 +134,4 @@ def pick(image_set: ImageSet, chosen: list[int]) -> Float[Tensor, "b 3 height wi
 
 def picture(backbone: Backbone, image: Float[Tensor, "3 height width"]) -> Float[np.ndarray, "height width 3"]:
     """Pixels in 0 to 1 of a normalised image."""
-    mean, std = (torch.tensor(values) for values in (backbone.preprocess.config.mean, backbone.preprocess.config.std))
-    return (image.permute(1, 2, 0) * std + mean).numpy()
+    return backbone.preprocess.denormalize(image).permute(1, 2, 0).numpy()

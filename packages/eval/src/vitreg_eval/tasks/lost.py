@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from vitreg_core.data.images import list_images, read_image, to_tensor
+from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
 from vitreg_core.precision import use_precision
 
@@ -106,14 +107,11 @@ def open_photos(backbone: Backbone, options: LostOptions) -> PhotoSet:
 def scene_photos(backbone: Backbone, options: LostOptions) -> PhotoSet:
     """Drawn scenes, one by one."""
     image_set = scenes(backbone.preprocess, options.test_images, options.seed, "test")
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (backbone.preprocess.config.mean, backbone.preprocess.config.std)
-    )
 
     def photos() -> Iterator[Photo]:
         for number, batch in enumerate(image_set.batches()):
             for index, (image, boxes) in enumerate(zip(batch.images, batch.targets["boxes"], strict=True)):
-                yield Photo(f"scene-{number}-{index}", image * std + mean, boxes[boxes.any(dim=-1)])
+                yield Photo(f"scene-{number}-{index}", backbone.preprocess.denormalize(image), boxes[boxes.any(dim=-1)])
 
     return PhotoSet(image_set.data, photos())
 
@@ -136,6 +134,9 @@ def search(
 def discover_all(backbone: Backbone, photos: list[Photo], options: LostOptions) -> Iterator[Discovery]:
     """LOST in photos of one size, with one forward pass."""
     images = backbone.preprocess.normalize(torch.stack([photo.pixels for photo in photos]))
+    if min(images.shape[-2:]) < backbone.patch_size:
+        size = "x".join(map(str, images.shape[-2:]))
+        raise InputError(f"{photos[0].name}: {size} pixels are less than one patch of {backbone.patch_size}; remove it")
     padded = pad_to_patches(images, backbone.patch_size).to(backbone.device)
     with use_precision(options.precision, backbone.device):
         facet = getattr(backbone.qkv(padded, options.layer), options.features)
@@ -161,7 +162,7 @@ def evaluate(found: list[Find], seed: int) -> dict[str, Metric]:
         whole = [hits((0, 0, *reversed(find.image_size)), find.boxes) for find in with_boxes if find.boxes is not None]
         metrics["corloc"] = measure(torch.tensor([bool(find.correct) for find in with_boxes]), seed=seed)
         metrics["corloc_whole_image"] = measure(torch.tensor(whole), seed=seed)
-    border = [on_border(find.discovery) for find in found]
+    border = [find.discovery.seed_on_border for find in found]
     metrics["full_image_share"] = measure(torch.tensor([find.discovery.full_image for find in found]), seed=seed)
     metrics["seed_on_border_share"] = measure(torch.tensor(border), seed=seed)
     return metrics
@@ -170,13 +171,6 @@ def evaluate(found: list[Find], seed: int) -> dict[str, Metric]:
 def hits(box: tuple[int, ...], boxes: Tensor) -> bool:
     """Whether a box meets one of the true boxes."""
     return bool(corloc(torch.tensor([box]), [boxes])[0])
-
-
-def on_border(discovery: Discovery) -> bool:
-    """Whether the seed is a patch at the edge of the image, where many artifacts are."""
-    rows, cols = discovery.degrees.shape
-    row, col = divmod(discovery.seed, cols)
-    return row in (0, rows - 1) or col in (0, cols - 1)
 
 
 def record(find: Find) -> dict[str, object]:
