@@ -15,7 +15,7 @@ def parse_options(default: C, arguments: Sequence[str], program: str) -> C:
     """Replace fields of a config by what stands on the command line.
 
     `--field value` or `--field=value` sets a field, dots reach into sections, a tuple takes several values or the
-    option several times, a boolean may stand alone, `none` empties an optional field. `--help` prints all fields with
+    option several times, a boolean may stand alone, `none` empties an optional field, and the last of several counts. `--help` prints all fields with
     the values that stand on the command line, and exits.
 
     Raises:
@@ -28,8 +28,8 @@ def parse_options(default: C, arguments: Sequence[str], program: str) -> C:
             changes[name] = (*changes.get(name, ()), *values)
         elif annotation is bool and not values:
             changes[name] = True
-        elif len(values) != 1 or name in changes:
-            raise InputError(f"option --{name} takes one value, got {len(values) + (name in changes)}")
+        elif len(values) != 1:
+            raise InputError(f"option --{name} takes one value, got {len(values)}")
         else:
             changes[name] = None if values[0].lower() == "none" else values[0]
     changed = override(default, changes, where="option")
