@@ -15,11 +15,12 @@ from tqdm import tqdm
 from vitreg_core import VisionTransformer, load_model
 from vitreg_core.config import override
 from vitreg_core.data.scenes import draw_scenes
+from vitreg_core.outliers import OutlierRule
 from vitreg_core.planted import plant_register_neurons
 from vitreg_core.provenance import commit, versions
 from vitreg_core.test_time import add_test_time_register
 from vitreg_core.weights.files import weights_hash
-from vitreg_eval import showcase
+from vitreg_eval import heads, showcase
 from vitreg_eval.config import DepthOptions, KnnOptions, LinearOptions, LostOptions, NormsOptions, SegmentOptions
 from vitreg_eval.datasets import photo_folder, scenes
 from vitreg_eval.extract import train_and_test
@@ -33,6 +34,7 @@ from vitreg_recipes import TrainConfig, find, train
 WITHOUT, WITH = "R = 0", "R = {}"
 PLANTED, MENDED = "R = 0, planted artifact", "planted artifact + test-time register"
 CALIBRATION_SEED = 77
+CALIBRATION_SCENES = 256
 HIGHER_IS_BETTER = ("linear top1", "knn top1", "segment miou", "lost corloc")
 LOWER_IS_BETTER = ("depth rmse",)
 
@@ -42,8 +44,9 @@ def quickstart(options: QuickstartOptions) -> None:
     started = time.perf_counter()
     photos = load_photos(options)
     models = build_models(options)
-    results = {name: evaluate(name, model, options) for name, model in models.items()}
-    sections = [*scene_sections(models, results, options), *photo_sections(photos, options)]
+    measured = {name: scene_norms(model, options) for name, model in models.items()}
+    results = {name: evaluate(name, model, measured[name], options) for name, model in models.items()}
+    sections = [*scene_sections(models, results, measured, options), *photo_sections(photos, options)]
     settings = everything(models, options, time.perf_counter() - started)
     lead = [LEAD, verdict(results, WITH.format(options.registers)), planted_verdict(results)]
     page = Page("What registers change", lead, [*sections, settings_section(settings)])
@@ -77,8 +80,10 @@ def build_models(options: QuickstartOptions) -> dict[str, VisionTransformer]:
     without, having = train_both(options)
     models = {WITHOUT: without, WITH.format(options.registers): having}
     base = models[WITHOUT]
-    images = base.preprocess.normalize(draw_scenes(256, (options.seed, CALIBRATION_SEED), image_size=64).image)
-    models[PLANTED], neurons = plant_register_neurons(base, images, layer=base.depth // 2)
+    images = base.preprocess.normalize(
+        draw_scenes(CALIBRATION_SCENES, (options.seed, CALIBRATION_SEED), image_size=64).image
+    )
+    models[PLANTED], neurons = plant_register_neurons(base, images, layer=base.depth // 2, share=0.03, factor=10.0)
     models[MENDED] = add_test_time_register(models[PLANTED], neurons)
     return models
 
@@ -119,7 +124,9 @@ def run_config(registers: int, options: QuickstartOptions) -> TrainConfig:
     return override(run, changes)
 
 
-def evaluate(name: str, model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
+def evaluate(
+    name: str, model: VisionTransformer, measured: norms.TokenNorms, options: QuickstartOptions
+) -> dict[str, Metric]:
     """All tasks on one model; the probes share one extraction."""
     common: dict[str, Any] = {"seed": options.seed}
     sizes = {"train_images": options.train_images, "test_images": options.test_images}
@@ -135,7 +142,7 @@ def evaluate(name: str, model: VisionTransformer, options: QuickstartOptions) ->
             ),
             ("depth", lambda: depth.evaluate(train_set, test_set, DepthOptions(**common, steps=options.head_steps))),
             ("lost", lambda: evaluate_lost(model, options)),
-            ("doctor", lambda: evaluate_doctor(model, options)),
+            ("doctor", lambda: doctor.evaluate(doctor.diagnose(measured.patches), options.seed)),
         )
         found: dict[str, Metric] = {}
         for task, measure in tasks:
@@ -156,15 +163,17 @@ def evaluate_lost(model: VisionTransformer, options: QuickstartOptions) -> dict[
     return lost.evaluate(found, options.seed)
 
 
-def evaluate_doctor(model: VisionTransformer, options: QuickstartOptions) -> dict[str, Metric]:
-    """Norms and outliers on scenes."""
+def scene_norms(model: VisionTransformer, options: QuickstartOptions) -> norms.TokenNorms:
+    """Norms of all tokens on the test scenes."""
     settings = NormsOptions(seed=options.seed, test_images=options.test_images)
-    patches = norms.token_norms(model, norms.open_images(model, settings), settings).patches
-    return doctor.evaluate(doctor.diagnose(patches), options.seed)
+    return norms.token_norms(model, norms.open_images(model, settings), settings)
 
 
 def scene_sections(
-    models: Mapping[str, VisionTransformer], results: Mapping[str, Mapping[str, Metric]], options: QuickstartOptions
+    models: Mapping[str, VisionTransformer],
+    results: Mapping[str, Mapping[str, Metric]],
+    measured: Mapping[str, norms.TokenNorms],
+    options: QuickstartOptions,
 ) -> list[Section]:
     """Table and figures on scenes."""
     text = [
@@ -177,7 +186,7 @@ def scene_sections(
         "that outliers are found and removed, not that training made them.",
     ]
     image_set = scenes(models[WITHOUT].preprocess, options.test_images, options.seed, "test")
-    shown = showcase.exhibit(models, image_set, NormsOptions(seed=options.seed), lost_options(options))
+    shown = showcase.exhibit(models, image_set, measured, lost_options(options))
     return [Section("Numbers", text, comparison(results, WITHOUT_AND_WITH)), *showcase.show(shown)]
 
 
@@ -187,8 +196,9 @@ def photo_sections(model: VisionTransformer | None, options: QuickstartOptions) 
         return []
     image_set = photo_folder(model.preprocess, options.images, options.limit, batch_size=32)
     settings = NormsOptions(seed=options.seed, images=options.images, limit=options.limit)
-    shown = showcase.exhibit({model.source: model}, image_set, settings, lost_options(options))
-    found = doctor.evaluate(doctor.diagnose(shown.norms[model.source].patches), options.seed)
+    measured = norms.token_norms(model, image_set, settings)
+    shown = showcase.exhibit({model.source: model}, image_set, {model.source: measured}, lost_options(options))
+    found = doctor.evaluate(doctor.diagnose(measured.patches), options.seed)
     about = f"{image_set.data.n} photos of {options.images}, weights {model.source}, nothing planted."
     numbers = Section("Photos: numbers", [about], comparison({model.source: found}, {}))
     sections = showcase.show(shown)
@@ -228,7 +238,13 @@ def everything(models: Mapping[str, VisionTransformer], options: QuickstartOptio
     """All that the page was made with."""
     return {
         "settings": options.model_dump(mode="json"),
-        "lost": lost_options(options).model_dump(mode="json"),
+        "tasks": {
+            "lost": lost_options(options).model_dump(mode="json"),
+            "knn": KnnOptions().model_dump(mode="json", include={"k", "temperature", "label"}),
+            "linear": {"penalties": heads.PENALTIES},
+            "doctor": OutlierRule().model_dump(mode="json"),
+            "planted": {"scenes": CALIBRATION_SCENES, "seed": CALIBRATION_SEED, "share": 0.03, "factor": 10.0},
+        },
         "training": [run_config(count, options).model_dump(mode="json") for count in (0, options.registers)],
         "models": {name: {"source": m.source, "hash": weights_hash(m)} for name, m in models.items()},
         "versions": versions(),

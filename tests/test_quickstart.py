@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--steps", "6", "--train_images", "128", "--test_images", "64", "--head_steps", "5"]
@@ -43,12 +45,19 @@ def test_the_report_is_one_page_that_loads_nothing(outs: list[Path]) -> None:
         assert text in html
 
 
-def test_a_finished_quickstart_is_not_trained_again(outs: list[Path]) -> None:
+def test_a_finished_quickstart_is_not_trained_again_and_photos_are_added(outs: list[Path], tmp_path: Path) -> None:
+    numbers = np.random.default_rng(0)
+    for index in range(3):
+        Image.fromarray(numbers.integers(0, 256, (240, 230, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
     weights = outs[0] / "r0" / "model.safetensors"
     before = weights.read_bytes()
-    found = quickstart("--out", str(outs[0]), *SMALL)
+    photos = ["--images", str(tmp_path), "--model", "vit_ti32_reg4"]
+    found = quickstart("--out", str(outs[0]), *SMALL, *photos)
     assert found.returncode == 0, found.stderr
     assert weights.read_bytes() == before
+    html = (outs[0] / "report.html").read_text()
+    assert "Photos: Attention maps" in html
+    assert "vit_ti32_reg4 (random weights)" in html
 
 
 @pytest.mark.parametrize(

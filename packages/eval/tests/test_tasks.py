@@ -255,6 +255,15 @@ def test_the_sample_vit_has_the_accuracy_that_its_page_gives(shared_data: Path, 
 
 
 @pytest.mark.real_data
+def test_knn_on_imagenette_gives_the_accuracy_that_its_page_gives(shared_data: Path, tmp_path: Path) -> None:
+    """data/README.md: 97.8 % with k = 20 and T = 0.07 (its value stands with one decimal, of 400 photos)."""
+    options = KnnOptions(data=shared_data / "imagenette-224")
+    outcome = knn.run(load_model(shared_data / WEIGHTS), options, tmp_path)
+    assert (outcome.metrics["top1"].n, outcome.data.split) == (400, "val")
+    assert outcome.metrics["top1"].value == pytest.approx(0.978, abs=0.006)
+
+
+@pytest.mark.real_data
 def test_the_doctor_finds_the_artifacts_of_the_sample_vit(shared_data: Path, tmp_path: Path) -> None:
     """reference/registers_analysis.md section 7: every image, about 2 %, abruptly in the second half."""
     options = DoctorOptions(images=shared_data / "imagenet-sample" / "val", limit=64)

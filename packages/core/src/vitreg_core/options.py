@@ -15,8 +15,8 @@ def parse_options(default: C, arguments: Sequence[str], program: str) -> C:
     """Replace fields of a config by what stands on the command line.
 
     `--field value` or `--field=value` sets a field, dots reach into sections, a tuple takes several values or the
-    option several times, a boolean may stand alone, `none` empties an optional field, and the last of several counts. `--help` prints all fields with
-    the values that stand on the command line, and exits.
+    option several times, a boolean may stand alone, and `none` empties an optional field. Of an option given twice the
+    last counts. `--help` prints all fields with the values that stand on the command line, and exits.
 
     Raises:
         InputError: unknown option (with the nearest name), a missing value, or one that the field refuses.

@@ -15,7 +15,7 @@ from vitreg_eval.analyses.boxes import plot_boxes
 from vitreg_eval.analyses.norms import plot_norms_by_kind, plot_norms_per_block
 from vitreg_eval.analyses.panels import image_rows
 from vitreg_eval.analyses.pca import pca_maps
-from vitreg_eval.config import LostOptions, NormsOptions
+from vitreg_eval.config import LostOptions
 from vitreg_eval.datasets import ImageSet
 from vitreg_eval.report import Picture, Section, picture
 from vitreg_eval.tasks import doctor, lost, norms
@@ -54,10 +54,12 @@ class Exhibit:
 
 
 def exhibit(
-    models: Mapping[str, VisionTransformer], image_set: ImageSet, norms_options: NormsOptions, lost_options: LostOptions
+    models: Mapping[str, VisionTransformer],
+    image_set: ImageSet,
+    measured: Mapping[str, norms.TokenNorms],
+    lost_options: LostOptions,
 ) -> Exhibit:
-    """Measure norms on all images, and take the first few to be shown: a rule, not a choice."""
-    measured = {name: norms.token_norms(model, image_set, norms_options) for name, model in models.items()}
+    """Take the first few images to be shown: a rule, not a choice."""
     batch = next(iter(image_set.batches()))
     boxes = batch.targets.get("boxes")
     found = [[] for _ in batch.images] if boxes is None else [b[b.any(dim=-1)].tolist() for b in boxes]
