@@ -15,7 +15,7 @@ from vitreg_eval.results import Outcome
 
 
 def run(backbone: Backbone, options: DepthOptions, out: Path) -> Outcome:  # noqa: ARG001 (draws nothing)
-    """Root mean square error in metres (mean over images), and relative error."""
+    """Root mean square error in metres (mean over images), relative error, and share of pixels within 25 %."""
     train, test = train_and_test(backbone, options)
     return Outcome(evaluate(train, test, options), test.data)
 
@@ -33,6 +33,7 @@ def evaluate(train: Extracted, test: Extracted, options: DepthOptions) -> dict[s
     return {
         "rmse": measure(errors.rmse, seed=options.seed),
         "abs_rel": measure(errors.abs_rel, seed=options.seed),
+        "delta1": measure(errors.delta1, seed=options.seed),
     }
 
 

@@ -182,6 +182,7 @@ def record(find: Find) -> dict[str, object]:
         "seed": find.discovery.seed,
         "seed_degree_share": round(find.discovery.degree_share, 4),
         "mask_share": round(find.discovery.mask_share, 4),
+        "object_share": round(find.discovery.component_share, 4),
         "failed": find.discovery.failed,
     }
 
