@@ -116,6 +116,22 @@ def test_misshapen_timm_tensors_are_named(tmp_path: Path, name: str, value: torc
         load_model(tmp_path / "timm")
 
 
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"pretrained_cfg": {"input_size": 64}}, r"input_size=64 is not \[3, height, width\]; mend it"),
+        ({"pretrained_cfg": 3}, "pretrained_cfg=3 is not an object"),
+        ({"pretrained_cfg": {"crop_pct": 7}}, "crop_ratio=7"),
+        ({"global_pool": "avg"}, "global_pool='avg'; only class-token heads are read"),
+    ],
+)
+def test_timm_configs_that_cannot_be_followed_are_named(tmp_path: Path, settings: dict, advice: str) -> None:
+    timm_folder(tmp_path / "timm", 0)
+    (tmp_path / "timm" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=advice):
+        load_model(tmp_path / "timm")
+
+
 def test_sources_of_other_libraries_are_refused_by_name() -> None:
     with pytest.raises(InputError, match="'timm:vit_tiny': this version reads files and presets only"):
         load_model("timm:vit_tiny")

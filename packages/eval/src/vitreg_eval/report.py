@@ -82,13 +82,13 @@ def comparison(results: Mapping[str, Mapping[str, Metric]], published: Mapping[s
         published: for a metric, what was measured, its value without and with registers.
     """
     names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
-    header = ["metric", *results, "paper: without, with registers (other data)"]
+    header = ["metric", *results, *["paper: without, with registers (other data)"] * bool(published)]
     rows = []
     for name in names:
         what, without, with_registers = published.get(name, ("", "", ""))
         theirs = Cell(f"{without}, {with_registers}", what) if what else Cell("")
         ours = [metric_cell(metrics.get(name)) for metrics in results.values()]
-        rows.append([Cell(name), *ours, theirs])
+        rows.append([Cell(name), *ours, *[theirs] * bool(published)])
     return Table(header, rows)
 
 

@@ -55,7 +55,7 @@ def infer_config(file: Path, config: dict[str, Any], tensors: Tensors) -> ViTCon
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))),
-        "num_heads": config.get("model_args", {}).get("num_heads") or num_heads(file, embed_dim),
+        "num_heads": section(file, config, "model_args").get("num_heads") or num_heads(file, embed_dim),
         "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
         "registers": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
         "class_position": has_class_row,
@@ -89,14 +89,25 @@ def num_heads(file: Path, embed_dim: int) -> int:
 
 def preprocess_config(file: Path, config: dict[str, Any], model: ViTConfig) -> PreprocessConfig:
     """What timm would apply to an image in evaluation."""
-    theirs = config.get("pretrained_cfg", config)
+    theirs = section(file, config, "pretrained_cfg") if "pretrained_cfg" in config else config
+    size = theirs.get("input_size", [3, model.image_size, model.image_size])
+    if not isinstance(size, list) or len(size) != 3:
+        raise InputError(f"{file.parent / 'config.json'}: input_size={size!r} is not [3, height, width]; mend it")
     values = {
-        "image_size": theirs.get("input_size", (3, model.image_size))[-1],
+        "image_size": size[-1],
         "crop_ratio": theirs.get("crop_pct", 1.0),
         "interpolation": theirs.get("interpolation", "bicubic"),
-        **{name: theirs[name] for name in ("mean", "std") if name in theirs},
+        **{str(name): theirs[name] for name in ("mean", "std") if name in theirs},
     }
     return validate(PreprocessConfig, values, str(file.parent / "config.json"))
+
+
+def section(file: Path, config: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of the config; empty where there is none."""
+    values: object = config.get(name, {})
+    if not isinstance(values, dict):
+        raise InputError(f"{file.parent / 'config.json'}: {name}={values!r} is not an object; mend or remove it")
+    return values
 
 
 def rename(tensors: Tensors, config: ViTConfig) -> Tensors:
