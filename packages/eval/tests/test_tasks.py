@@ -256,7 +256,7 @@ def test_the_sample_vit_has_the_accuracy_that_its_page_gives(shared_data: Path, 
 
 @pytest.mark.real_data
 def test_knn_on_imagenette_gives_the_accuracy_that_its_page_gives(shared_data: Path, tmp_path: Path) -> None:
-    """data/README.md: 97.8 % with k = 20 and T = 0.07 (its value stands with one decimal, of 400 photos)."""
+    """data/README.md: 97.8 % with k = 20 and T = 0.07; one photo of 400 is 0.25 %."""
     options = KnnOptions(data=shared_data / "imagenette-224")
     outcome = knn.run(load_model(shared_data / WEIGHTS), options, tmp_path)
     assert (outcome.metrics["top1"].n, outcome.data.split) == (400, "val")
