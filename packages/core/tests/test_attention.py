@@ -1,10 +1,14 @@
 import torch
 from torch import nn
+from vitreg_core import ViTConfig
 from vitreg_core.attention import Attention
 
 
 def pair() -> tuple[Attention, nn.MultiheadAttention]:
-    ours, theirs = Attention(32, num_heads=4), nn.MultiheadAttention(32, num_heads=4, batch_first=True)
+    ours, theirs = (
+        Attention(ViTConfig(embed_dim=32, num_heads=4)),
+        nn.MultiheadAttention(32, num_heads=4, batch_first=True),
+    )
     state = theirs.state_dict()
     names = {"qkv.weight": "in_proj_weight", "qkv.bias": "in_proj_bias"}
     names |= {"proj.weight": "out_proj.weight", "proj.bias": "out_proj.bias"}

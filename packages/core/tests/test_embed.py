@@ -1,6 +1,7 @@
 import pytest
 import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
+from vitreg_core import ViTConfig
 from vitreg_core.embed import PatchEmbed, resize_positions
 from vitreg_core.errors import InputError
 
@@ -37,7 +38,7 @@ def test_gradient_through_the_resize_equals_the_golden_values(*, antialias: bool
 
 
 def test_patches_are_read_row_by_row_and_trailing_pixels_dropped() -> None:
-    embed = PatchEmbed(4, 8)
+    embed = PatchEmbed(ViTConfig(patch_size=4, embed_dim=8))
     images = torch.randn(2, 3, 11, 14)
     weight, bias = embed.proj.weight.flatten(1), embed.proj.bias
     second_row_first_patch = images[:, :, 4:8, 0:4].flatten(1) @ weight.T + bias
@@ -47,4 +48,4 @@ def test_patches_are_read_row_by_row_and_trailing_pixels_dropped() -> None:
 
 def test_an_image_smaller_than_a_patch_is_refused() -> None:
     with pytest.raises(InputError, match="image of 3x20 pixels is smaller than one patch of 4; give larger images"):
-        PatchEmbed(4, 8).grid(torch.zeros(1, 3, 3, 20))
+        PatchEmbed(ViTConfig(patch_size=4, embed_dim=8)).grid(torch.zeros(1, 3, 3, 20))

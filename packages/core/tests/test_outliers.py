@@ -279,6 +279,7 @@ class Doubling(Backbone):
     """A backbone whose residual stream is its pixels, doubled by every block; its final norm is told apart by a 0."""
 
     patch_size, embed_dim, depth, num_heads, num_registers, num_prefix_tokens = 1, 3, 4, 1, 0, 1
+    prefix = ("cls",)
     device, preprocess = torch.device("cpu"), None
 
     def intermediate(

@@ -6,9 +6,7 @@ import timm
 import torch
 from torch.nn import functional as F
 from vitreg_core import Backbone, VisionTransformer, ViTConfig, create_model
-from vitreg_core.block import DropPath
 from vitreg_core.errors import InputError
-from vitreg_core.feed_forward import Mlp, SwiGLU
 from vitreg_core.weights.timm import infer_config, rename
 
 TINY = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, registers=2, layer_scale=0.1)
@@ -226,26 +224,6 @@ def test_classifying_without_a_head_is_refused() -> None:
 def test_shapes_that_cannot_be_built_are_refused(changes: dict, advice: str) -> None:
     with pytest.raises(InputError, match=advice):
         tiny(**changes)
-
-
-def test_drop_path_keeps_the_mean_and_acts_only_in_training() -> None:
-    drop, ones = DropPath(0.25), torch.ones(4000, 1, 1)
-    dropped = drop.train()(ones)
-    torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 4 / 3]))
-    assert abs(dropped.mean().item() - 1) < 0.04
-    assert drop.eval()(ones) is ones
-    model, images = tiny(drop_path=0.5), torch.randn(8, 3, 32, 32)
-    assert not torch.equal(model.train()(images).patches, model(images).patches)
-
-
-def test_swiglu_equals_its_definition() -> None:
-    layer, tokens = SwiGLU(12, 48), torch.randn(2, 5, 12)
-    gate, value = (
-        F.linear(tokens, w, b) for w, b in zip(layer.w12.weight.chunk(2), layer.w12.bias.chunk(2), strict=True)
-    )
-    torch.testing.assert_close(layer(tokens), layer.w3(gate * torch.sigmoid(gate) * value))
-    assert (SwiGLU(1024, 4096).hidden_dim, SwiGLU(1536, 6144).hidden_dim) == (2736, 4096)
-    assert Mlp(12, 48).hidden_dim == 48
 
 
 def test_registers_start_apart() -> None:

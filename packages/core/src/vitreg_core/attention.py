@@ -1,34 +1,175 @@
-"""Multi-head self-attention over all tokens."""
+"""Multi-head self-attention over the tokens of each image: one batch, or several packed into one sequence."""
 
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreg_core.config import ViTConfig
 from vitreg_core.features import QKV
+
+BMM_TOKENS = 640
+"""On CPUs in bfloat16, up to this many tokens plain matrix products beat torch's fused kernel."""
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines by which queries and keys of each token are rotated; 1 and 0 for tokens without a position."""
+
+    cos: Float[Tensor, "n k"]
+    sin: Float[Tensor, "n k"]
+
+
+class Group(NamedTuple):
+    """Images of one size in a packed sequence, one after another."""
+
+    images: int
+    tokens: int
+    """Tokens of each image."""
+    rotation: Rotation | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens of all its images."""
+        return self.images * self.tokens
+
+
+Groups = tuple[Group, ...]
 
 
 class Attention(nn.Module):
     """Softmax attention with one packed projection; rows of `qkv` are queries, keys, values, each head by head."""
 
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
-        self.proj = nn.Linear(embed_dim, embed_dim)
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Mix the tokens."""
-        parts = self.project(tokens)
-        mixed = F.scaled_dot_product_attention(parts.queries, parts.keys, parts.values)
-        return self.proj(rearrange(mixed, "b h n k -> b n (h k)"))
+    def forward(
+        self, tokens: Float[Tensor, "b n d"], rotation: Rotation | None = None, groups: Groups = ()
+    ) -> Float[Tensor, "b n d"]:
+        """Mix the tokens of each image.
+
+        Args:
+            tokens: a batch; or, with groups, all tokens of all their images in one sequence (b is 1).
+            rotation: of the tokens of the batch; groups bring their own.
+            groups: what is packed into the sequence, in order.
+        """
+        projected = self.qkv(tokens)
+        if not groups:
+            return self.proj(join_heads(attend(self.prepare(projected, rotation))))
+        parts = [
+            self.prepare(part, group.rotation) for part, group in zip(unpack(projected, groups), groups, strict=True)
+        ]
+        return self.proj(attend_packed(parts))
 
     def project(self, tokens: Float[Tensor, "b n d"]) -> QKV:
-        """Queries, keys and values before scaling."""
-        return QKV(*rearrange(self.qkv(tokens), "b n (three h k) -> three b h n k", three=3, h=self.num_heads))
+        """Queries, keys and values as projected: before norm, rotation and scale."""
+        return self.split(self.qkv(tokens))
 
-    def weights(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n n"]:
-        """Attention weights after the softmax, which the fused kernel of `forward` does not keep."""
-        parts = self.project(tokens)
+    def weights(self, tokens: Float[Tensor, "b n d"], rotation: Rotation | None = None) -> Float[Tensor, "b h n n"]:
+        """Attention weights after the softmax, which the fused kernels of `forward` do not keep."""
+        parts = self.prepare(self.qkv(tokens), rotation)
         scores = parts.queries @ parts.keys.transpose(-2, -1) * parts.queries.shape[-1] ** -0.5
         return scores.softmax(dim=-1)
+
+    def prepare(self, projected: Float[Tensor, "b n d3"], rotation: Rotation | None) -> QKV:
+        """Queries, keys and values as they meet: normed and rotated where the model does so."""
+        parts = self.split(projected)
+        queries, keys = self.q_norm(parts.queries), self.k_norm(parts.keys)
+        return QKV(rotate(queries, rotation), rotate(keys, rotation), parts.values)
+
+    def split(self, projected: Float[Tensor, "b n d3"]) -> QKV:
+        """Name the parts of the packed projection."""
+        return QKV(*rearrange(projected, "b n (three h k) -> three b h n k", three=3, h=self.num_heads))
+
+
+def rotate(tokens: Float[Tensor, "b h n k"], rotation: Rotation | None) -> Float[Tensor, "b h n k"]:
+    """Rotate pairs of channels, the i-th with the (i + k/2)-th, in the precision of the rotation."""
+    if rotation is None:
+        return tokens
+    first, second = tokens.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (tokens * rotation.cos + turned * rotation.sin).to(tokens.dtype)
+
+
+def attend(parts: QKV) -> Float[Tensor, "b h n k"]:
+    """Softmax attention of one batch, by the fastest kernel at hand: the one place that chooses."""
+    queries = parts.queries
+    if queries.is_cuda and not torch.compiler.is_compiling() and (kernels := xformers()) is not None:
+        swapped = (part.transpose(1, 2) for part in (queries, parts.keys, parts.values))
+        return kernels.memory_efficient_attention(*swapped).transpose(1, 2)
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.shape[-2] <= BMM_TOKENS:
+        return attend_by_products(parts)
+    return F.scaled_dot_product_attention(queries, parts.keys, parts.values)
+
+
+def attend_by_products(parts: QKV) -> Float[Tensor, "b h n k"]:
+    """Two plain matrix products with a softmax between."""
+    scores = parts.queries @ (parts.keys * parts.queries.shape[-1] ** -0.5).transpose(-2, -1)
+    return scores.softmax(dim=-1).to(parts.values.dtype) @ parts.values
+
+
+def attend_packed(parts: Sequence[QKV]) -> Float[Tensor, "1 n d"]:
+    """Attention of several batches, as one sequence: one masked call under xFormers, one call per batch elsewhere."""
+    queries = parts[0].queries
+    if queries.is_cuda and not torch.compiler.is_compiling() and (kernels := xformers()) is not None:
+        lengths = tuple(part.queries.shape[2] for part in parts for _ in range(len(part.queries)))
+        packed = (
+            torch.cat([rearrange(getattr(part, name), "b h n k -> 1 (b n) h k") for part in parts], dim=1)
+            for name in ("queries", "keys", "values")
+        )
+        mixed = kernels.memory_efficient_attention(*packed, attn_bias=block_diagonal(lengths))
+        return rearrange(mixed, "1 n h k -> 1 n (h k)")
+    return pack([join_heads(attend(part)) for part in parts])
+
+
+def join_heads(mixed: Float[Tensor, "b h n k"]) -> Float[Tensor, "b n d"]:
+    """Concatenate what the heads give for each token."""
+    return rearrange(mixed, "b h n k -> b n (h k)")
+
+
+def pack(batches: Sequence[Float[Tensor, "_ _ d"]]) -> Float[Tensor, "1 n d"]:
+    """All tokens of all images in one sequence."""
+    return torch.cat([rearrange(tokens, "b n d -> 1 (b n) d") for tokens in batches], dim=1)
+
+
+def unpack(packed: Float[Tensor, "1 n d"], groups: Groups) -> list[Float[Tensor, "_ _ d"]]:
+    """The batches of a packed sequence."""
+    parts = packed.split([group.length for group in groups], dim=1)
+    return [rearrange(part, "1 (b n) d -> b n d", n=group.tokens) for part, group in zip(parts, groups, strict=True)]
+
+
+@functools.cache
+def xformers() -> ModuleType | None:
+    """XFormers' operators where they can be used; imported at the first call on a CUDA device, without its warnings."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("xformers") is None:
+        return None
+    logger = logging.getLogger("xformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("xformers.ops")
+    except (ImportError, OSError):  # built for another CUDA or flash-attention than the installed ones
+        return None
+    finally:
+        logger.setLevel(level)
+
+
+@functools.lru_cache(maxsize=64)
+def block_diagonal(lengths: tuple[int, ...]) -> object:
+    """XFormers' mask that keeps the images of a packed sequence apart."""
+    return importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens(lengths)

@@ -21,8 +21,8 @@ C = TypeVar("C", bound=Config)
 class ViTConfig(Config):
     """What fixes the shapes of a vision transformer, and how it was meant to be built."""
 
-    image_size: PositiveInt = 224
-    """Side, in pixels, of the square images whose patch grid the stored positions fit."""
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+    """Side in pixels, or height and width, of the images whose patch grid the stored positions fit."""
     patch_size: PositiveInt = 16
     """Side of a patch in pixels."""
     embed_dim: PositiveInt = 384
@@ -34,31 +34,84 @@ class ViTConfig(Config):
     mlp_ratio: PositiveFloat = 4.0
     """Hidden units of an MLP over embed_dim (before the 2/3 rule of SwiGLU)."""
     feed_forward: Literal["mlp", "swiglu"] = "mlp"
-    """MLP with GELU, or SwiGLU with a packed first layer (DINOv2 g)."""
+    """MLP with two layers, or SwiGLU with a packed first layer (DINOv2 g)."""
+    swiglu_align: PositiveInt = 8
+    """The hidden units of SwiGLU are rounded up to a multiple of this."""
+    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    """Between the layers of an MLP: exact GELU, or x * sigmoid(1.702 x) as in OpenAI's CLIP."""
+    class_token: bool = True
+    """Whether there is a class token in front."""
     registers: NonNegativeInt = 0
     """Register tokens; they carry no position and stand between the class token and the patches."""
+    mask_token: bool = False
+    """Whether there is a learned vector for masked patches (DINOv2)."""
+    position: Literal["learned", "rope"] = "learned"
+    """A learned vector per patch, or rotary embedding of queries and keys of patches (DINOv3)."""
     class_position: bool = False
-    """Whether the class token has a position vector of its own (as in DINOv2 and the original ViT)."""
-    layer_scale: PositiveFloat | None = None
-    """Initial value of LayerScale; none leaves it out."""
-    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Probability of dropping a residual branch while training, the same in every block."""
-    norm_eps: PositiveFloat = 1e-6
-    """Epsilon of every LayerNorm."""
-    num_classes: NonNegativeInt = 0
-    """Outputs of the classification head; 0 leaves the head out."""
-    register_std: PositiveFloat = 0.02
-    """Standard deviation of the registers at the start; near 0 they would start, and stay, alike."""
+    """Whether the class token has a learned position of its own (as in DINOv2 and the original ViT)."""
     position_antialias: bool = True
     """Whether positions are low-pass filtered when they are resized to a smaller grid."""
     position_offset: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Added to the grid size in the resize scale (0.1 in DINOv2 without registers); 0 resizes to the size itself."""
+    rope_base: PositiveFloat = 100.0
+    """Longest over shortest wavelength of the rotary embedding."""
+    pre_norm: bool = False
+    """Whether a LayerNorm stands before the first block (CLIP)."""
+    patch_bias: bool = True
+    """Whether the patch embedding has a bias (CLIP has none)."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have a bias."""
+    qk_norm: bool = False
+    """Whether queries and keys pass a LayerNorm per head."""
+    layer_scale: PositiveFloat | None = None
+    """Initial value of LayerScale; none leaves it out."""
+    norm_eps: PositiveFloat = 1e-6
+    """Epsilon of every LayerNorm."""
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Probability of dropping a residual branch while training."""
+    drop_path_schedule: Literal["constant", "linear"] = "constant"
+    """The same probability in every block (DeiT-III, DINOv2), or rising from 0 to it with the depth (timm)."""
+    stochastic_depth: Literal["sample", "subset"] = "sample"
+    """Drop branches of single samples, or run them on a random subset of the batch (DINOv2)."""
+    num_classes: NonNegativeInt = 0
+    """Outputs of the head, classes or the joint space of CLIP; 0 leaves the head out."""
+    head_bias: bool = True
+    """Whether the head has a bias (the projection of CLIP has none)."""
+    pool: Literal["cls", "avg"] = "cls"
+    """What the head reads: the class token, or the mean of the patches."""
+    norm_pooled: bool = False
+    """Whether the final norm acts on what the head reads, and leaves the tokens without one (timm's fc_norm)."""
+    init: Literal["deit3", "dinov2", "clip"] = "deit3"
+    """Recipe of the random start."""
+    register_std: PositiveFloat | None = None
+    """Standard deviation of the registers at the start, in place of the recipe's; near 0 they would stay alike."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the stored positions fit."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches at the native image size."""
-        side = self.image_size // self.patch_size
-        return side, side
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden units of the feed-forward network."""
+        hidden = round(self.embed_dim * self.mlp_ratio)
+        return hidden if self.feed_forward == "mlp" else -(-(hidden * 2 // 3) // self.swiglu_align) * self.swiglu_align
+
+    @property
+    def prefix(self) -> tuple[Literal["cls", "register"], ...]:
+        """Kinds of the tokens that stand before the patches, in order."""
+        return (*(("cls",) if self.class_token else ()), *("register" for _ in range(self.registers)))
 
 
 class PreprocessConfig(Config):

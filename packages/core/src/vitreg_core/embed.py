@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitreg_core.attention import Rotation
 from vitreg_core.config import ViTConfig
 from vitreg_core.errors import InputError
 
@@ -13,10 +14,10 @@ from vitreg_core.errors import InputError
 class PatchEmbed(nn.Module):
     """One linear map of every patch; pixels beyond the last whole patch are dropped."""
 
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
+    def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size, bias=config.patch_bias)
 
     def grid(self, images: Float[Tensor, "b 3 height width"]) -> tuple[int, int]:
         """Rows and columns of whole patches in the images.
@@ -25,7 +26,7 @@ class PatchEmbed(nn.Module):
             InputError: the images are smaller than one patch.
         """
         height, width = images.shape[-2:]
-        if min(height, width) < self.patch_size:
+        if height < self.patch_size or width < self.patch_size:
             raise InputError(
                 f"image of {height}x{width} pixels is smaller than one patch of {self.patch_size}; give larger images"
             )
@@ -33,7 +34,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d"]:
         """Embed the patches, row by row."""
-        return rearrange(self.proj(images), "b d rows cols -> b (rows cols) d")
+        return rearrange(self.proj(images.to(self.proj.weight.dtype)), "b d rows cols -> b (rows cols) d")
 
 
 def resize_positions(
@@ -71,11 +72,33 @@ class Positions(nn.Module):
         self.antialias = config.position_antialias
         self.offset = config.position_offset
         rows, cols = config.grid
-        self.patches = nn.Parameter(torch.empty(rows * cols, config.embed_dim))  # p d
-        self.cls = nn.Parameter(torch.empty(config.embed_dim)) if config.class_position else None  # d
-        for parameter in self.parameters():
-            nn.init.trunc_normal_(parameter, std=0.02)
+        self.patches = nn.Parameter(torch.zeros(rows * cols, config.embed_dim))  # p d
+        self.cls = nn.Parameter(torch.zeros(config.embed_dim)) if config.class_position else None  # d
 
     def forward(self, grid: tuple[int, int]) -> Float[Tensor, "p d"]:
         """Position vectors of the patches of a grid of this size."""
         return resize_positions(self.patches, self.native, grid, antialias=self.antialias, offset=self.offset)
+
+
+class RotaryPositions(nn.Module):
+    """Rotation of queries and keys by where a patch lies in the image (RoPE, as in DINOv3); it learns nothing.
+
+    Centres of patches run from -1 to 1 along each side. Half of the channel pairs of a head turn with the row, half
+    with the column, from one turn per side down to one in `rope_base` of it.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.base = config.rope_base
+        self.head_dim = config.head_dim
+        self.prefix = len(config.prefix)
+
+    def forward(self, grid: tuple[int, int], device: torch.device) -> Rotation:
+        """Rotation of every token of an image; prefix tokens are left as they are."""
+        quarter = self.head_dim // 4
+        exponents = 2 * torch.arange(quarter, device=device, dtype=torch.float32) / (self.head_dim // 2)
+        rows, cols = (2 * (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side - 1 for side in grid)
+        centres = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), dim=-1).flatten(0, 1)  # p 2
+        angles = 2 * torch.pi * centres[:, :, None] / self.base**exponents
+        angles = F.pad(angles.flatten(1), (0, 0, self.prefix, 0)).tile(2)  # n k; an angle of 0 turns nothing
+        return Rotation(angles.cos(), angles.sin())

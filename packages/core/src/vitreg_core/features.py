@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -25,6 +25,12 @@ class Features:
     """Patch tokens, row by row."""
     grid: tuple[int, int]
     """Rows and columns of patches; their product is p."""
+
+    @property
+    def tokens(self) -> Float[Tensor, "b n d"]:
+        """All tokens as the blocks see them: class token, registers, patches."""
+        cls = self.patches[:, :0] if self.cls is None else self.cls[:, None]
+        return torch.cat([cls, self.registers, self.patches], dim=1)
 
     @property
     def patch_map(self) -> Float[Tensor, "b d rows cols"]:
@@ -69,6 +75,10 @@ class Backbone(Protocol):
     @property
     def num_registers(self) -> int:
         """Register tokens."""
+
+    @property
+    def prefix(self) -> tuple[Literal["cls", "register"], ...]:
+        """Kinds of the tokens before the patches, in order."""
 
     @property
     def num_prefix_tokens(self) -> int:

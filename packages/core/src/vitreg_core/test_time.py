@@ -65,7 +65,9 @@ def add_test_time_register(model: VisionTransformer, neurons: Sequence[Neuron]) 
     config = override(model.config, {"registers": model.num_registers + 1})
     edited = VisionTransformer(config, model.preprocess.config, source=f"{model.source} + test-time register")
     tensors = model.state_dict()
-    tensors["registers.tokens"] = torch.cat([tensors["registers.tokens"], model.cls.new_zeros(1, model.embed_dim)])
+    tensors["registers.tokens"] = torch.cat(
+        [tensors["registers.tokens"], tensors["registers.tokens"].new_zeros(1, model.embed_dim)]
+    )
     edited.load_state_dict(tensors)
     for layer in sorted({neuron.layer for neuron in neurons}):
         units = sorted({neuron.unit for neuron in neurons if neuron.layer == layer})

@@ -1,60 +1,104 @@
 """The register vision transformer: images to Features, top to bottom."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
-from einops import repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from vitreg_core.block import Block
+from vitreg_core.attention import Group, Rotation, pack, unpack
+from vitreg_core.block import Block, drop_path_rates
 from vitreg_core.config import PreprocessConfig, ViTConfig
 from vitreg_core.data.images import Preprocess
-from vitreg_core.embed import PatchEmbed, Positions
+from vitreg_core.embed import PatchEmbed, Positions, RotaryPositions
 from vitreg_core.errors import InputError
 from vitreg_core.features import QKV, Features
+from vitreg_core.initialise import initialise
 from vitreg_core.registers import Registers
+from vitreg_core.timm_methods import TimmMethods
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(TimmMethods):
     """A ViT with any number of registers; tokens are the class token, the registers, then the patches.
 
-    Positions are added to the patches (and the class token where it has one) before the registers join, so registers
-    carry no position (registers paper, section 2.2, as released with DINOv2). It is a `Backbone`.
-    `source` says where the weights come from.
+    Learned positions are added to the patches (and the class token where it has one) before the registers join, and
+    rotary ones turn patches only, so registers carry no position (registers paper, section 2.2, as released with
+    DINOv2). It is a `Backbone`, and answers to the methods of timm's ViT. `source` says where the weights come from.
     """
 
     def __init__(self, config: ViTConfig, preprocess: PreprocessConfig | None = None, *, source: str = "") -> None:
         super().__init__()
         check(config)
         self.config = config
-        self.preprocess = Preprocess(preprocess or PreprocessConfig(image_size=config.image_size))
+        self.preprocess = Preprocess(preprocess or PreprocessConfig(image_size=max(config.size)))
         self.source = source
-        self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim)
-        self.positions = Positions(config)
-        self.cls = nn.Parameter(torch.empty(config.embed_dim))  # d
-        self.registers = Registers(config.registers, config.embed_dim, config.register_std)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
-        self.head = nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else None
-        self.apply(initialise_linear)
-        nn.init.trunc_normal_(self.cls, std=0.02)
+        self.grad_checkpointing = False
+        dim, rotary = config.embed_dim, config.position == "rope"
+        self.patch_embed = PatchEmbed(config)
+        self.mask_token = nn.Parameter(torch.zeros(dim)) if config.mask_token else None  # d
+        self.positions = None if rotary else Positions(config)
+        self.rotary = RotaryPositions(config) if rotary else None
+        self.cls = nn.Parameter(torch.zeros(dim)) if config.class_token else None  # d
+        self.registers = Registers(config.registers, dim)
+        self.pre_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in drop_path_rates(config))
+        self.norm = nn.Identity() if config.norm_pooled else nn.LayerNorm(dim, eps=config.norm_eps)
+        self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.norm_pooled else nn.Identity()
+        self.head = nn.Linear(dim, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        initialise(self)
 
-    def forward(self, images: Float[Tensor, "b 3 height width"]) -> Features:
+    def forward(self, images: Float[Tensor, "b 3 height width"], masks: Bool[Tensor, "b p"] | None = None) -> Features:
         """Tokens after the final norm.
 
         Args:
             images: normalised pixels; pixels beyond the last whole patch are dropped.
+            masks: patches whose embedding the mask token replaces, before positions are added.
 
         Raises:
-            InputError: images smaller than one patch.
+            InputError: images smaller than one patch, or masks for a model without a mask token.
         """
-        return self.split(self.norm(self.stream(images)), images)
+        return self.name_tokens(self.norm(self.stream(images, masks=masks)), self.patch_embed.grid(images))
 
     def features(self, images: Float[Tensor, "b 3 height width"]) -> Features:
         """Tokens after the final norm; the same as calling the model."""
         return self(images)
+
+    def packed(
+        self,
+        batches: Sequence[Float[Tensor, "_ 3 _ _"]],
+        masks: Sequence[Bool[Tensor, "_ _"] | None] | None = None,
+    ) -> list[Features]:
+        """Tokens after the final norm of several batches of different image size, in one pass.
+
+        Equal to calling the model on each batch, but all linear layers see one long sequence (DINOv2, multi-crop). In
+        training, drop path acts on each batch by itself.
+
+        Args:
+            batches: normalised pixels; each batch has its own size.
+            masks: for each batch its masked patches, or None.
+
+        Raises:
+            InputError: no batches, images smaller than one patch, or masks that the model or the batches do not fit.
+        """
+        masks = [None] * len(batches) if masks is None else masks
+        if not batches or len(masks) != len(batches):
+            raise InputError(
+                f"{len(batches)} batches and {len(masks)} masks; give one batch or more, and a mask for each"
+            )
+        embedded = [self.embed(images, mask) for images, mask in zip(batches, masks, strict=True)]
+        groups = tuple(
+            Group(tokens.shape[0], tokens.shape[1], self.rotation(images))
+            for images, tokens in zip(batches, embedded, strict=True)
+        )
+        tokens = pack(embedded)
+        for block in self.blocks:
+            tokens = self.run(cast(Block, block), tokens, groups=groups)
+        parts = unpack(self.norm(tokens), groups)
+        return [
+            self.name_tokens(part, self.patch_embed.grid(images)) for part, images in zip(parts, batches, strict=True)
+        ]
 
     def intermediate(
         self, images: Float[Tensor, "b 3 height width"], layers: Sequence[int], *, norm: bool = True
@@ -71,22 +115,29 @@ class VisionTransformer(nn.Module):
             InputError: a block that the model does not have.
         """
         wanted = [self.layer_index(layer) for layer in layers]
-        tokens, after = self.embed(images), {}
+        tokens, rotation, grid = self.embed(images), self.rotation(images), self.patch_embed.grid(images)
+        after: dict[int, Features] = {}
         for index, block in enumerate(self.blocks[: max(wanted, default=-1) + 1]):
-            tokens = block(tokens)
+            tokens = self.run(cast(Block, block), tokens, rotation)
             if index in wanted:
-                after[index] = self.split(self.norm(tokens) if norm else tokens, images)
+                after[index] = self.name_tokens(self.norm(tokens) if norm else tokens, grid)
         return [after[index] for index in wanted]
 
     def classify(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b classes"]:
-        """Logits of the head on the class token.
+        """Logits of the head on the class token, or on the mean of the patches (`pool` in the config).
 
         Raises:
             InputError: the weights have no head.
         """
         if self.head is None:
             raise InputError(f"model {self.source or '(unnamed)'} has no classification head; give one that has")
-        return self.head(self.norm(self.stream(images)[:, 0]))
+        tokens = self.stream(images)
+        read = self.norm(tokens[:, 0]) if self.config.pool == "cls" else self.pooled(self.norm(tokens))
+        return self.head(self.fc_norm(read))
+
+    def pooled(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
+        """What the head reads: the class token, or the mean of the patches."""
+        return tokens[:, 0] if self.config.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
 
     def qkv(self, images: Float[Tensor, "b 3 height width"], layer: int) -> QKV:
         """Output of the qkv projection of a block; later blocks are not run."""
@@ -94,12 +145,12 @@ class VisionTransformer(nn.Module):
 
     def attention(self, images: Float[Tensor, "b 3 height width"], layer: int) -> Float[Tensor, "b h n n"]:
         """Attention weights of a block; rows are queries and sum to 1."""
-        return self.block(layer).attn.weights(self.attention_input(images, layer))
+        return self.block(layer).attn.weights(self.attention_input(images, layer), self.rotation(images))
 
     def hidden(self, images: Float[Tensor, "b 3 height width"], layer: int) -> Float[Tensor, "b n hidden"]:
         """Hidden units of a block's MLP after the activation."""
-        block = self.block(layer)
-        return block.mlp.hidden(block.norm2(block.after_attention(self.stream(images, self.layer_index(layer)))))
+        block, tokens = self.block(layer), self.stream(images, self.layer_index(layer))
+        return block.mlp.hidden(block.norm2(block.after_attention(tokens, self.rotation(images))))
 
     def embeddings(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b p d"]:
         """Patch embeddings before positions are added."""
@@ -132,44 +183,70 @@ class VisionTransformer(nn.Module):
         return self.config.registers
 
     @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and the registers."""
-        return 1 + self.config.registers
+    def prefix(self) -> tuple[Literal["cls", "register"], ...]:
+        """Kinds of the tokens before the patches, in order."""
+        return self.config.prefix
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.cls.device
+        return self.patch_embed.proj.weight.device
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed beyond the usual biases and norms: tokens and positions."""
-        names = {"cls", "registers.tokens", "positions.patches", "positions.cls"}
-        return names & {name for name, _ in self.named_parameters()}
-
-    def embed(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b n d"]:
+    def embed(
+        self, images: Float[Tensor, "b 3 height width"], masks: Bool[Tensor, "b p"] | None = None
+    ) -> Float[Tensor, "b n d"]:
         """The sequence that the first block reads."""
-        patches = self.embeddings(images) + self.positions(self.patch_embed.grid(images))
-        cls = self.cls if self.positions.cls is None else self.cls + self.positions.cls
-        return self.registers(repeat(cls, "d -> b 1 d", b=len(images)), patches)
+        patches = self.embeddings(images)
+        if masks is not None:
+            if self.mask_token is None:
+                raise InputError("masks given to a model without a mask token; build it with mask_token=True")
+            patches = torch.where(masks[:, :, None], self.mask_token.to(patches.dtype), patches)
+        cls: Tensor | None = self.cls
+        if self.positions is not None:
+            patches = patches + self.positions(self.patch_embed.grid(images))
+            cls = cls if cls is None or self.positions.cls is None else cls + self.positions.cls
+        return self.pre_norm(self.registers(cls, patches))
 
-    def stream(self, images: Float[Tensor, "b 3 height width"], stop: int | None = None) -> Float[Tensor, "b n d"]:
+    def rotation(self, images: Float[Tensor, "b 3 height width"]) -> Rotation | None:
+        """How queries and keys of these images are rotated; None for a model with learned positions."""
+        return None if self.rotary is None else self.rotary(self.patch_embed.grid(images), images.device)
+
+    def stream(
+        self,
+        images: Float[Tensor, "b 3 height width"],
+        stop: int | None = None,
+        masks: Bool[Tensor, "b p"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
         """The residual stream before block `stop`, or after the last one."""
-        tokens = self.embed(images)
+        tokens, rotation = self.embed(images, masks), self.rotation(images)
         for block in self.blocks[:stop]:
-            tokens = block(tokens)
+            tokens = self.run(cast(Block, block), tokens, rotation)
         return tokens
+
+    def run(
+        self,
+        block: Block,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Rotation | None = None,
+        groups: tuple[Group, ...] = (),
+    ) -> Float[Tensor, "b n d"]:
+        """One block, whose inner values are computed again in the backward pass where gradients are checkpointed."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(block, tokens, rotation, groups, use_reentrant=False)
+        return block(tokens, rotation, groups)
 
     def attention_input(self, images: Float[Tensor, "b 3 height width"], layer: int) -> Float[Tensor, "b n d"]:
         """What the attention of a block reads."""
         return self.block(layer).norm1(self.stream(images, self.layer_index(layer)))
 
-    def split(self, tokens: Float[Tensor, "b n d"], images: Float[Tensor, "b 3 height width"]) -> Features:
-        """Name the tokens of the sequence."""
+    def name_tokens(self, tokens: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Features:
+        """Name the tokens of the sequence by kind."""
+        first = int(self.config.class_token)
         return Features(
-            cls=tokens[:, 0],
-            registers=tokens[:, 1 : self.num_prefix_tokens],
+            cls=tokens[:, 0] if first else None,
+            registers=tokens[:, first : self.num_prefix_tokens],
             patches=tokens[:, self.num_prefix_tokens :],
-            grid=self.patch_embed.grid(images),
+            grid=grid,
         )
 
     def block(self, layer: int) -> Block:
@@ -189,14 +266,13 @@ def check(config: ViTConfig) -> None:
     """Refuse shapes that cannot be built."""
     if config.embed_dim % config.num_heads:
         raise InputError(f"num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; change one")
-    if config.image_size < config.patch_size:
+    if min(config.size) < config.patch_size:
         raise InputError(
             f"image_size={config.image_size} is smaller than patch_size={config.patch_size}; give a larger image_size"
         )
-
-
-def initialise_linear(module: nn.Module) -> None:
-    """Linear layers start as in DeiT-III and DINOv2; convolutions keep torch's default."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+    if config.position == "rope" and config.head_dim % 4:
+        raise InputError(f"rotary positions need heads of a multiple of 4 channels, not {config.head_dim}")
+    if not config.class_token and config.pool == "cls":
+        raise InputError('without a class token the head reads the patches; set pool="avg"')
+    if config.class_position and (config.position == "rope" or not config.class_token):
+        raise InputError("class_position=True needs a class token and learned positions; set class_position=False")
