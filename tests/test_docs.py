@@ -25,6 +25,14 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFi
     assert found.stdout == "torch.Size([1, 384]) torch.Size([1, 4, 384]) torch.Size([1, 384, 14, 14])\n"
 
 
+def test_the_examples_on_models_run_one_after_the_other(tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / "docs" / "models.md", "python"))
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    for line in ("torch.Size([2, 192]) torch.Size([2, 4, 192]) torch.Size([2, 12, 192]) (3, 4)", "['1.62%', '6.48%']"):
+        assert line in found.stdout
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

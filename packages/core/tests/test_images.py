@@ -24,6 +24,16 @@ def test_preprocess_equals_timm(size: tuple[int, int], crop: float, interpolatio
     torch.testing.assert_close(Preprocess(config)(image), theirs(image), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("crop", [0.9, 1.0])
+def test_squashing_equals_timm(crop: float) -> None:
+    config = PreprocessConfig(image_size=96, crop_ratio=crop, resize="squash")
+    theirs = create_transform(
+        (3, 96, 96), interpolation="bicubic", crop_pct=crop, mean=config.mean, std=config.std, crop_mode="squash"
+    )
+    image = photo(201, 333)
+    torch.testing.assert_close(Preprocess(config)(image), theirs(image), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
 def test_pictures_of_any_mode_become_three_channels(mode: str) -> None:
     assert Preprocess(PreprocessConfig(image_size=32))(photo(50, 40).convert(mode)).shape == (3, 32, 32)

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import pickle
@@ -100,11 +101,16 @@ def test_heads_of_an_unusual_width_are_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "advice"),
     [
-        ("cls_token", torch.zeros(192), r"cls_token has shape \(192,\), which no timm ViT has"),
+        ("cls_token", torch.zeros(2, 192), r"cls_token has shape \(2, 192\), which no model of its family has"),
         ("pos_embed", torch.zeros(2, 17, 192), r"pos_embed has shape \(2, 17, 192\), which no"),
-        ("pos_embed", torch.zeros(1, 19, 192), "no square grid with or without a class row"),
+        (
+            "pos_embed",
+            torch.zeros(1, 19, 192),
+            "no square grid with .*; write the image size it fits into",
+        ),
         ("blocks.1.norm1.weight", torch.zeros(5), r"blocks.1.norm1.weight has shape \(5,\), not \(192,\)"),
-        ("fc_norm.weight", torch.zeros(192), "unexpected tensor fc_norm.weight"),
+        ("blocks.0.mlp.norm.weight", torch.zeros(192), r"unexpected tensor blocks.0.mlp.norm.weight of shape \(192,\)"),
+        ("fc_norm.weight", torch.zeros(192), r"tensor fc_norm.bias of shape \(192,\) is missing"),
     ],
 )
 def test_misshapen_timm_tensors_are_named(tmp_path: Path, name: str, value: torch.Tensor, advice: str) -> None:
@@ -122,7 +128,9 @@ def test_misshapen_timm_tensors_are_named(tmp_path: Path, name: str, value: torc
         ({"pretrained_cfg": {"input_size": 64}}, r"input_size=64 is not \[3, height, width\]; mend it"),
         ({"pretrained_cfg": 3}, "pretrained_cfg=3 is not an object"),
         ({"pretrained_cfg": {"crop_pct": 7}}, "crop_ratio=7"),
-        ({"global_pool": "avg"}, "global_pool='avg'; only class-token heads are read"),
+        ({"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode='border' is not one of center, squash; mend it"),
+        ({"model_args": {"img_size": "big"}}, "img_size='big' is not a size in pixels; mend it"),
+        ({"global_pool": "map"}, r"global_pool='map'; only heads on .* \(\"token\", \"avg\"\) are read"),
     ],
 )
 def test_timm_configs_that_cannot_be_followed_are_named(tmp_path: Path, settings: dict, advice: str) -> None:
@@ -130,11 +138,6 @@ def test_timm_configs_that_cannot_be_followed_are_named(tmp_path: Path, settings
     (tmp_path / "timm" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match=advice):
         load_model(tmp_path / "timm")
-
-
-def test_sources_of_other_libraries_are_refused_by_name() -> None:
-    with pytest.raises(InputError, match="'timm:vit_tiny': this version reads files and presets only"):
-        load_model("timm:vit_tiny")
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
@@ -173,7 +176,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in it; give"),
     "config": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
     "config list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list, not an object"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "neither our format .* nor a timm ViT"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        'in our format, but .*config.json with "library": "vitreg" is missing; put it there',
+    ),
     "config field": (
         lambda folder: (folder / "config.json").write_text('{"library": "vitreg", "model": {"dept": 1}}'),
         "dept=1: unknown option; did you mean depth",
@@ -195,7 +201,7 @@ def test_damaged_checkpoints_are_refused_in_one_line(
 
 
 def test_unknown_sources_are_refused_with_advice() -> None:
-    with pytest.raises(InputError, match="no such file or folder, and no preset; give a folder"):
+    with pytest.raises(InputError, match="no such file or folder, and no preset or official name; give a folder"):
         load_model("somewhere/else")
     with pytest.raises(InputError, match="did you mean vit_s16_reg4"):
         load_model("vit_s16_regs4")
@@ -228,3 +234,80 @@ def test_the_sample_vit_equals_timm_on_photos(shared_data: Path) -> None:
     assert features.cls is not None
     tokens = torch.cat([features.cls[:, None], features.patches], dim=1)
     assert (tokens - theirs.forward_features(images)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("there", [0, 2])
+def test_registers_are_added_only_on_request_and_with_a_warning(tmp_path: Path, there: int) -> None:
+    model = VisionTransformer(CONFIG.model_copy(update={"registers": there})).eval()
+    save_model(model, tmp_path)
+    with pytest.raises(InputError, match=f'has {there}; to add random ones, .* give new_registers="init" as well'):
+        load_model(tmp_path, registers=5)
+    with pytest.warns(UserWarning, match=f"{5 - there} registers added with random values.*train the model before use"):
+        grown = load_model(tmp_path, registers=5, new_registers="init")
+    assert grown.config == CONFIG.model_copy(update={"registers": 5})
+    assert torch.equal(grown.registers.tokens[:there], model.registers.tokens)
+    assert torch.pdist(grown.registers.tokens.detach()).min() > 0.01
+    rest = [name for name in model.state_dict() if name != "registers.tokens"]
+    assert all(torch.equal(grown.state_dict()[name], model.state_dict()[name]) for name in rest)
+
+
+def test_registers_that_are_there_may_be_asked_for_and_not_taken_away(saved: Path) -> None:
+    assert load_model(saved, registers=2).config == CONFIG
+    with pytest.raises(InputError, match=r"registers=1: .* has 2, and its other weights rely on them; leave registers"):
+        load_model(saved, registers=1, new_registers="init")
+
+
+def test_fields_that_change_no_tensor_may_be_given(saved: Path) -> None:
+    given = {"position_antialias": False, "activation": "quick_gelu", "drop_path": 0.1}
+    loaded = load_model(saved, **given)
+    assert loaded.config == CONFIG.model_copy(update=given)
+    assert weights_hash(loaded) == weights_hash(load_model(saved))
+    assert load_model("vit_ti32", registers=3, image_size=64).config.registers == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        ({"embed_dim": 3}, "embed_dim=3: the weights fix it, .* leave it out"),
+        ({"image_size": 64}, r"image_size=64: the weights fix it, .* load it, then model.set_input_size\(size\)"),
+        ({"num_classes": 0}, r"load it, then model.reset_classifier\(n\)"),
+        ({"drop_pat": 0.1}, "drop_pat=0.1: unknown option; did you mean drop_path"),
+        ({"drop_path": 2.0}, "drop_path=2.0: Input should be less than 1"),
+    ],
+)
+def test_fields_that_cannot_be_given_are_named(saved: Path, given: dict, advice: str) -> None:
+    with pytest.raises(InputError, match=advice):
+        load_model(saved, **given)
+
+
+def test_weights_in_several_files_are_read_as_one(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in names if files[name] == file}, saved / file)
+    (saved / "model.safetensors").unlink()
+    index = saved / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    assert set(load_model(saved).state_dict()) == set(names)
+    (saved / "model-1.safetensors").unlink()
+    with pytest.raises(InputError, match=r"lists model-1.safetensors, which is not beside it; fetch it too"):
+        load_model(saved)
+    index.write_text("{}")
+    with pytest.raises(InputError, match="no index of weights files; fetch or write it again"):
+        load_model(saved)
+
+
+def test_options_that_a_training_script_saved_are_no_obstacle(tmp_path: Path) -> None:
+    theirs = timm_folder(tmp_path / "timm", 0)
+    content = {"model": theirs.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save(content, tmp_path / "checkpoint.pth")
+    assert load_model(tmp_path / "checkpoint.pth").config.num_classes == 7
+
+
+def test_loading_leaves_random_numbers_alone(saved: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    load_model(saved)
+    assert torch.rand(1) == expected

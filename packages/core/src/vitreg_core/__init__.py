@@ -4,8 +4,14 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vitreg_core.backbones import as_backbone as as_backbone
+    from vitreg_core.capturing import capture as capture
     from vitreg_core.config import PreprocessConfig as PreprocessConfig
     from vitreg_core.config import ViTConfig as ViTConfig
+    from vitreg_core.cost import ModelCost as ModelCost
+    from vitreg_core.cost import model_cost as model_cost
+    from vitreg_core.cost import register_overhead as register_overhead
+    from vitreg_core.deploy import export_onnx as export_onnx
     from vitreg_core.errors import InputError as InputError
     from vitreg_core.features import Backbone as Backbone
     from vitreg_core.features import Features as Features
@@ -16,8 +22,14 @@ if TYPE_CHECKING:
     from vitreg_core.weights import save_model as save_model
 
 HOMES = {
+    "as_backbone": "backbones",
+    "capture": "capturing",
     "PreprocessConfig": "config",
     "ViTConfig": "config",
+    "ModelCost": "cost",
+    "model_cost": "cost",
+    "register_overhead": "cost",
+    "export_onnx": "deploy",
     "InputError": "errors",
     "Backbone": "features",
     "Features": "features",

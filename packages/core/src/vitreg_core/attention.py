@@ -17,8 +17,10 @@ from torch.nn import functional as F
 from vitreg_core.config import ViTConfig
 from vitreg_core.features import QKV
 
-BMM_TOKENS = 640
-"""On CPUs in bfloat16, up to this many tokens plain matrix products beat torch's fused kernel."""
+SCORES_AT_ONCE = 2**21
+"""On CPUs in bfloat16, plain matrix products on so many scores at a time (4 MB) stay in the cache."""
+MANY_TOKENS = 640
+"""Above so many tokens, scores are not kept for the backward pass, and compiled code takes heads one by one."""
 
 
 class Rotation(NamedTuple):
@@ -110,15 +112,41 @@ def attend(parts: QKV) -> Float[Tensor, "b h n k"]:
     if queries.is_cuda and not torch.compiler.is_compiling() and (kernels := xformers()) is not None:
         swapped = (part.transpose(1, 2) for part in (queries, parts.keys, parts.values))
         return kernels.memory_efficient_attention(*swapped).transpose(1, 2)
-    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.shape[-2] <= BMM_TOKENS:
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and affords_scores(parts):
         return attend_by_products(parts)
     return F.scaled_dot_product_attention(queries, parts.keys, parts.values)
 
 
+def affords_scores(parts: QKV) -> bool:
+    """Whether no gradient is wanted, for which all scores would be kept, or few scores would be."""
+    return not (torch.is_grad_enabled() and parts.queries.requires_grad) or parts.queries.shape[-2] <= MANY_TOKENS
+
+
 def attend_by_products(parts: QKV) -> Float[Tensor, "b h n k"]:
-    """Two plain matrix products with a softmax between."""
-    scores = parts.queries @ (parts.keys * parts.queries.shape[-1] ** -0.5).transpose(-2, -1)
-    return scores.softmax(dim=-1).to(parts.values.dtype) @ parts.values
+    """Two plain matrix products with a softmax between, for as many heads at a time as the cache holds.
+
+    torch's fused CPU kernel runs bfloat16 products at a fraction of the speed of plain ones. A compiled softmax between
+    products would be turned back into that kernel, so it is written out, and divides after the second product.
+    """
+    images, heads, tokens, channels = parts.queries.shape
+    keys = parts.keys * channels**-0.5
+    if torch.compiler.is_compiling():
+        pieces = heads if tokens > MANY_TOKENS else 1
+        chunks = zip(*(part.chunk(pieces, dim=1) for part in (parts.queries, keys, parts.values)), strict=True)
+        return torch.cat([written_out(*chunk) for chunk in chunks], dim=1)
+    flat = (part.reshape(images * heads, tokens, channels) for part in (parts.queries, keys, parts.values))
+    chunks = zip(*(part.split(max(1, SCORES_AT_ONCE // tokens**2)) for part in flat), strict=True)
+    mixed = [torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(dim=-1), value) for query, key, value in chunks]
+    return torch.cat(mixed).view(images, heads, tokens, channels)
+
+
+def written_out(
+    queries: Float[Tensor, "b h n k"], keys: Float[Tensor, "b h n k"], values: Float[Tensor, "b h n k"]
+) -> Float[Tensor, "b h n k"]:
+    """Attention of scaled keys, with the parts of the softmax one by one."""
+    scores = queries @ keys.transpose(-2, -1)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp().to(values.dtype)
+    return (weights @ values) / weights.sum(dim=-1, keepdim=True)
 
 
 def attend_packed(parts: Sequence[QKV]) -> Float[Tensor, "1 n d"]:

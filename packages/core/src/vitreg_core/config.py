@@ -115,12 +115,14 @@ class ViTConfig(Config):
 
 
 class PreprocessConfig(Config):
-    """How a checkpoint expects its images: resize the shorter side, crop the centre, normalise."""
+    """How a checkpoint expects its images: resize, crop the centre, normalise."""
 
     image_size: PositiveInt = 224
     """Side of the crop in pixels."""
     crop_ratio: float = Field(default=1.0, gt=0.0, le=1.0)
     """Side of the crop over the shorter side after the resize."""
+    resize: Literal["shorter", "squash"] = "shorter"
+    """Resize the shorter side and keep the aspect, or make both sides alike."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Filter of the resize, as Pillow does it (antialiased)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -51,16 +51,64 @@ def resize_positions(
     `(grid + offset) / native`, which stretches the sampling grid a little, as DINOv2 without registers does (0.1).
     `antialias` low-pass filters when the grid shrinks (registers paper, appendix A).
     """
+    if torch.compiler.is_exporting():
+        return resize_by_products(positions, native, grid, antialias=antialias, offset=offset)
     if grid == native:
         return positions
-    rows, cols = native
-    table = rearrange(positions.float(), "(rows cols) d -> 1 d rows cols", rows=rows, cols=cols)
+    table = positions.float().unflatten(0, native).movedim(2, 0)[None]  # 1 d rows cols
     if offset:
-        scale = [(grid[0] + offset) / rows, (grid[1] + offset) / cols]
+        scale = [(new + offset) / old for new, old in zip(grid, native, strict=True)]
         resized = F.interpolate(table, scale_factor=scale, mode="bicubic", antialias=antialias)
     else:
         resized = F.interpolate(table, size=grid, mode="bicubic", antialias=antialias)
     return rearrange(resized, "1 d rows cols -> (rows cols) d").to(positions.dtype)
+
+
+def resize_by_products(
+    positions: Float[Tensor, "p d"],
+    native: tuple[int, int],
+    grid: tuple[int, int],
+    *,
+    antialias: bool,
+    offset: float,
+) -> Float[Tensor, "q d"]:
+    """The same resize as one matrix product per side, which an exported program follows to any grid.
+
+    At the native grid both matrices are the identity, bit by bit. Torch's antialiased kernel also leaves a side alone
+    if its size stays the same.
+    """
+    target = torch.stack([torch.scalar_tensor(side, dtype=torch.float64) for side in grid])  # 2
+    source = torch.tensor(native, dtype=torch.float64)  # 2
+    same = target == source
+    scales = (
+        torch.where(same if antialias else same.all(), 1.0, source / (target + offset)).float().to(positions.device)
+    )
+    by_row, by_col = (
+        cubic_weights(old, new, scale, antialias=antialias)
+        for old, new, scale in zip(native, grid, scales.unbind(), strict=True)
+    )
+    table = positions.float().unflatten(0, native)  # rows cols d
+    resized = by_col @ (by_row @ table.flatten(1)).unflatten(1, table.shape[1:])
+    return resized.flatten(0, 1).to(positions.dtype)
+
+
+def cubic_weights(old: int, new: int, scale: Float[Tensor, ""], *, antialias: bool) -> Float[Tensor, "new old"]:
+    """How much each of `old` points on a side counts for each of `new` ones that lie `scale` apart (Keys 1981).
+
+    Torch's two kernels: a = -0.75 where points beyond the border repeat the last one; with antialias a = -0.5, as wide
+    as the points are apart, cut at the border.
+    """
+    sharpness, beyond = (-0.5, 0) if antialias else (-0.75, 2)
+    points = torch.arange(-beyond, old + beyond, device=scale.device) + 0.5
+    centres = (torch.arange(new, device=scale.device) + 0.5) * scale
+    distance = (points - centres[:, None]).abs() / (scale.clamp(min=1) if antialias else 1)
+    near = ((sharpness + 2) * distance - (sharpness + 3)) * distance**2 + 1
+    far = sharpness * (((distance - 5) * distance + 8) * distance - 4)
+    weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+    if beyond:
+        first, inner, last = weights.split([beyond + 1, old - 2, beyond + 1], dim=1)
+        weights = torch.cat([first.sum(1, keepdim=True), inner, last.sum(1, keepdim=True)], dim=1)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 class Positions(nn.Module):

@@ -9,6 +9,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg_core.errors import InputError
+
 if TYPE_CHECKING:
     from vitreg_core.data.images import Preprocess
 
@@ -37,6 +39,33 @@ class Features:
         """Patch tokens as a feature map."""
         rows, cols = self.grid
         return rearrange(self.patches, "b (rows cols) d -> b d rows cols", rows=rows, cols=cols)
+
+
+torch.export.register_dataclass(Features, serialized_type_name="vitreg_core.Features")  # so that programs may return it
+
+
+def name_tokens(
+    tokens: Float[Tensor, "b n d"], prefix: Sequence[Literal["cls", "register"]], grid: tuple[int, int]
+) -> Features:
+    """Name the tokens of a sequence by kind: class token, registers, patches."""
+    first = prefix.count("cls")
+    return Features(
+        cls=tokens[:, 0] if first else None,
+        registers=tokens[:, first : len(prefix)],
+        patches=tokens[:, len(prefix) :],
+        grid=grid,
+    )
+
+
+def block_index(layer: int, depth: int) -> int:
+    """Block number from 0.
+
+    Raises:
+        InputError: a block that a model of this depth does not have.
+    """
+    if not -depth <= layer < depth:
+        raise InputError(f"layer {layer} of a model with {depth} blocks; use 0 to {depth - 1}, or -1 for the last")
+    return layer % depth
 
 
 @dataclass(frozen=True)

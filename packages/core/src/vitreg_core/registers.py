@@ -1,7 +1,6 @@
 """Register tokens: places where the blocks keep what belongs to the whole image."""
 
 import torch
-from einops import repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,4 +15,4 @@ class Registers(nn.Module):
     def forward(self, cls: Float[Tensor, " d"] | None, patches: Float[Tensor, "b p d"]) -> Float[Tensor, "b n d"]:
         """Join class token, where there is one, registers and patches into the sequence the blocks read."""
         prefix = self.tokens if cls is None else torch.cat([cls[None], self.tokens])
-        return torch.cat([repeat(prefix, "r d -> b r d", b=len(patches)).to(patches.dtype), patches], dim=1)
+        return torch.cat([prefix.to(patches.dtype).expand(patches.shape[0], -1, -1), patches], dim=1)

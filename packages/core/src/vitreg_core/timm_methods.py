@@ -90,6 +90,7 @@ class TimmMethods(nn.Module):
         *,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,  # noqa: ARG002 (timm's signature)
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Intermediate]] | list[Intermediate]:
@@ -100,6 +101,7 @@ class TimmMethods(nn.Module):
             indices: blocks; a number means that many last ones, None all.
             return_prefix_tokens: pair each output with its prefix tokens `b r d`.
             norm: apply the final norm to the outputs.
+            stop_early: changes nothing: no block is run that no output needs.
             output_fmt: patches as maps `b d rows cols` (NCHW), or as `b p d` (NLC).
             intermediates_only: leave out the tokens after the final norm.
         """

@@ -14,13 +14,14 @@ from vitreg_core.config import PreprocessConfig, ViTConfig
 from vitreg_core.data.images import Preprocess
 from vitreg_core.embed import PatchEmbed, Positions, RotaryPositions
 from vitreg_core.errors import InputError
-from vitreg_core.features import QKV, Features
+from vitreg_core.features import QKV, Features, block_index, name_tokens
+from vitreg_core.hub import HubMethods
 from vitreg_core.initialise import initialise
 from vitreg_core.registers import Registers
 from vitreg_core.timm_methods import TimmMethods
 
 
-class VisionTransformer(TimmMethods):
+class VisionTransformer(TimmMethods, HubMethods):
     """A ViT with any number of registers; tokens are the class token, the registers, then the patches.
 
     Learned positions are added to the patches (and the class token where it has one) before the registers join, and
@@ -241,13 +242,7 @@ class VisionTransformer(TimmMethods):
 
     def name_tokens(self, tokens: Float[Tensor, "b n d"], grid: tuple[int, int]) -> Features:
         """Name the tokens of the sequence by kind."""
-        first = int(self.config.class_token)
-        return Features(
-            cls=tokens[:, 0] if first else None,
-            registers=tokens[:, first : self.num_prefix_tokens],
-            patches=tokens[:, self.num_prefix_tokens :],
-            grid=grid,
-        )
+        return name_tokens(tokens, self.prefix, grid)
 
     def block(self, layer: int) -> Block:
         """A block by number."""
@@ -255,11 +250,7 @@ class VisionTransformer(TimmMethods):
 
     def layer_index(self, layer: int) -> int:
         """Block number from 0."""
-        if not -self.depth <= layer < self.depth:
-            raise InputError(
-                f"layer {layer} of a model with {self.depth} blocks; use 0 to {self.depth - 1}, or -1 for the last"
-            )
-        return layer % self.depth
+        return block_index(layer, self.depth)
 
 
 def check(config: ViTConfig) -> None:

@@ -33,7 +33,11 @@ class Preprocess:
         """
         size = self.config.image_size
         shorter = int(size / self.config.crop_ratio)
-        resized = resize_shorter(image.convert("RGB"), shorter, FILTERS[self.config.interpolation])
+        resample = FILTERS[self.config.interpolation]
+        if self.config.resize == "squash":
+            resized = image.convert("RGB").resize((shorter, shorter), resample)
+        else:
+            resized = resize_shorter(image.convert("RGB"), shorter, resample)
         left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
         return self.normalize(to_tensor(resized.crop((left, top, left + size, top + size))))
 

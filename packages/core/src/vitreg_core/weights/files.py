@@ -1,21 +1,26 @@
 """Weights files: reading, checking and writing tensors without running anything they hold."""
 
+import argparse
 import hashlib
 import json
-import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vitreg_core.errors import InputError
 
 Tensors = dict[str, Tensor]
+
+NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""Names of weights in a folder, best first; any of them may be an index of several files."""
+WRAPPERS = ("teacher", "model", "state_dict")
+"""Keys under which training checkpoints keep the weights, best first."""
 
 
 def weights_file(path: Path) -> Path:
@@ -26,9 +31,10 @@ def weights_file(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (path / name).is_file():
-            return path / name
+    for name in NAMES:
+        for file in (path / name, path / f"{name}.index.json"):
+            if file.is_file():
+                return file
     raise InputError(
         f"{path}: no model.safetensors in it; give a model folder, a finished run folder, or "
         "a folder checkpoints/step_* of an unfinished run"
@@ -45,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); write it again or remove it") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: holds a {type(config).__name__}, not an object; write it again or remove it")
@@ -53,21 +59,52 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> Tensors:
-    """All tensors of a .safetensors, .pth, .pt or .bin file.
+    """All tensors of a .safetensors, .pth, .pt or .bin file, or of the files that an .index.json lists.
+
+    Of a training checkpoint, those under the key `teacher`, `model` or `state_dict`.
 
     Raises:
         InputError: the file is damaged, or holds anything but tensors.
     """
+    if path.name.endswith(".index.json"):
+        return read_shards(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except Exception as error:  # a damaged file makes the readers fail in ways that nobody lists
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a readable weights file ({reason}); fetch or write it again") from None
-    tensors = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else content
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         raise InputError(f"{path}: holds something other than named tensors; give a file of weights")
+    return content
+
+
+def read_pickle(path: Path) -> object:
+    """What torch saved, if it is made of tensors and plain values; option lists of training scripts are such too."""
+    with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+        warnings.simplefilter("ignore")  # of pickle protocols: what cannot be read is an error anyway
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_shards(path: Path) -> Tensors:
+    """All tensors of the files that an index lists.
+
+    Raises:
+        InputError: the index cannot be read, or a file of it is missing or outside its folder.
+    """
+    files = read_config(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise InputError(f"{path}: no index of weights files; fetch or write it again")
+    tensors: Tensors = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not (path.parent / name).is_file():
+            raise InputError(f"{path}: lists {name}, which is not beside it; fetch it too")
+        tensors |= read_tensors(path.parent / name)
     return tensors
 
 
@@ -77,18 +114,48 @@ def load_checked(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     Raises:
         InputError: a tensor is missing, unexpected, misshapen, not floating or not finite; the model is left as it was.
     """
-    expected = model.state_dict()
+    check_tensors(model.state_dict(), tensors, path, {})
+    model.load_state_dict(dict(tensors))
+
+
+def check_tensors(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path, origins: Mapping[str, str]
+) -> None:
+    """Check that tensors fit a model.
+
+    Args:
+        expected: what the model has.
+        tensors: what was read.
+        path: of the file, for the messages.
+        origins: the name in the file of each, where it is another.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, misshapen, not floating or not finite.
+    """
     for name in expected.keys() - tensors.keys():
-        raise InputError(f"{path}: tensor {name} of shape {shape(expected[name])} is missing; nothing was loaded")
+        wanted = shape(expected[name])
+        raise InputError(f"{path}: tensor {file_name(name, origins)} of shape {wanted} is missing; nothing was loaded")
     for name in tensors.keys() - expected.keys():
-        raise InputError(f"{path}: unexpected tensor {name} of shape {shape(tensors[name])}; nothing was loaded")
+        found = f"{file_name(name, origins)} of shape {shape(tensors[name])}"
+        raise InputError(f"{path}: unexpected tensor {found}; nothing was loaded")
     for name, tensor in tensors.items():
+        theirs = file_name(name, origins)
         if tensor.shape != expected[name].shape:
             wanted = shape(expected[name])
-            raise InputError(f"{path}: tensor {name} has shape {shape(tensor)}, not {wanted}; nothing was loaded")
+            raise InputError(f"{path}: tensor {theirs} has shape {shape(tensor)}, not {wanted}; nothing was loaded")
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise InputError(f"{path}: tensor {name} holds values that are not finite numbers; nothing was loaded")
-    model.load_state_dict(dict(tensors))
+            raise InputError(f"{path}: tensor {theirs} holds values that are not finite numbers; nothing was loaded")
+
+
+def file_name(name: str, origins: Mapping[str, str]) -> str:
+    """The name in the file of a tensor, or, of one that is missing, what other blocks suggest."""
+    if name in origins or not name.startswith("blocks."):
+        return origins.get(name, name)
+    _, index, rest = name.split(".", 2)
+    for ours, theirs in origins.items():
+        if ours.startswith("blocks.") and ours.split(".", 2)[2] == rest:
+            return theirs.replace(f".{ours.split('.', 2)[1]}.", f".{index}.", 1)
+    return name
 
 
 def write_folder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:

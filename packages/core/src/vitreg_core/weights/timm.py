@@ -1,122 +1,221 @@
-"""Checkpoints with timm's names for its VisionTransformer."""
+"""Checkpoints with timm's names: its VisionTransformer, and its Eva as DINOv3 uses it."""
 
-import math
 import re
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from vitreg_core.config import PreprocessConfig, ViTConfig, validate
+from vitreg_core.config import PreprocessConfig, validate
 from vitreg_core.errors import InputError
-from vitreg_core.vit import VisionTransformer
-from vitreg_core.weights.files import Tensors, load_checked, shape
+from vitreg_core.weights import dinov3
+from vitreg_core.weights.checkpoint import (
+    PLAIN_BLOCKS,
+    PLAIN_STEM,
+    Checkpoint,
+    Names,
+    Parts,
+    Weights,
+    describe,
+    place,
+    square,
+    two_sides,
+)
 
-# Heads cannot be read off the tensors; these are those of timm's ViTs of a width.
-HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+NAMES = Names(
+    stem={
+        **PLAIN_STEM,
+        "reg_token": "registers.tokens",
+        "norm_pre": "pre_norm",
+        "fc_norm": "fc_norm",
+        "head": "head",
+    },
+    blocks={
+        **PLAIN_BLOCKS,
+        "attn.q_norm": "attn.q_norm",
+        "attn.k_norm": "attn.k_norm",
+        "ls1.gamma": "ls1.gamma",
+        "ls2.gamma": "ls2.gamma",
+    },
+)
+ROTARY_NAMES = Names(
+    stem={**PLAIN_STEM, "reg_token": "registers.tokens", "fc_norm": "fc_norm", "head": "head"},
+    blocks={
+        **PLAIN_BLOCKS,
+        "attn.q_bias": "attn.q.bias",
+        "attn.v_bias": "attn.v.bias",
+        "gamma_1": "ls1.gamma",
+        "mlp.fc1_g": "mlp.w1",
+        "mlp.fc1_x": "mlp.w2",
+        "gamma_2": "ls2.gamma",
+    },
+)
+"""Of DINOv3 in timm."""
+LOOKALIKES = re.compile(r"siglip|_rpn_|_rope_|^vit_pe_|^eva|^beit")
+"""Architectures that share names with a plain ViT, and compute something else."""
+HEADS_OF = {"vit_base_patch16_gap_224": 16}
+"""Architectures with other heads than the rest of their width."""
+POOLS = {"token": "cls", "": "cls", "avg": "avg"}
 
-DIMS = {"cls_token": 3, "pos_embed": 3, "reg_token": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
-"""Tensors that are read before all are checked, and their dimensions; the first of three is 1."""
+
+def matches(checkpoint: Checkpoint) -> bool:
+    """Whether the names are timm's; several official ones are the same, so this is asked last."""
+    return "patch_embed.proj.weight" in checkpoint.tensors and "blocks.0.norm1.weight" in checkpoint.tensors
 
 
-def load(file: Path, config: dict[str, Any], tensors: Tensors) -> VisionTransformer:
-    """Build the model that the tensors describe and fill it.
+def read(checkpoint: Checkpoint) -> Weights:
+    """Describe the model.
 
     Raises:
-        InputError: the tensors are not those of a plain timm ViT, or one does not fit.
+        InputError: it is not a plain ViT, a tensor does not fit, or the config files do not say what must be known.
     """
-    model_config = infer_config(file, config, tensors)
-    model = VisionTransformer(model_config, preprocess_config(file, config, model_config))
-    load_checked(model, rename(tensors, model_config), file)
-    return model
+    architecture = str(checkpoint.config.get("architecture", ""))
+    refuse_lookalikes(checkpoint, architecture)
+    parts = Parts(checkpoint, NAMES if "pos_embed" in checkpoint.tensors else ROTARY_NAMES)
+    size = stated_size(checkpoint)
+    facts: dict[str, object] = {"pool": pool(checkpoint, parts)}
+    if "positions" in parts:
+        image_size = add_positions(parts, size)
+        pack_swiglu(parts)
+        facts |= {"norm_eps": 1e-6, **clip_facts(checkpoint, parts, architecture)}
+    else:
+        image_size = size or (224, 224)
+        facts |= dinov3.finish(parts)
+    if architecture in HEADS_OF:
+        facts["num_heads"] = HEADS_OF[architecture]
+    facts |= checkpoint.section(checkpoint.config, "vitreg")  # what timm's config cannot say, where we wrote it
+    config = describe(checkpoint, parts, {"image_size": square(image_size), **facts})
+    return Weights(config, preprocess(checkpoint, image_size), parts.tensors, parts.origins)
 
 
-def infer_config(file: Path, config: dict[str, Any], tensors: Tensors) -> ViTConfig:
-    """Read the shapes of the model off its tensors.
+def refuse_lookalikes(checkpoint: Checkpoint, architecture: str) -> None:
+    """Refuse models that compute something else with tensors of the same names.
 
     Raises:
-        InputError: a tensor that every timm ViT with a class token has is missing.
+        InputError: such a model, or one that cannot be told from such a model without a config.
     """
-    for name, dims in DIMS.items():
-        if name in tensors and (tensors[name].ndim != dims or (dims == 3 and len(tensors[name]) != 1)):
-            raise InputError(f"{file}: tensor {name} has shape {shape(tensors[name])}, which no timm ViT has")
-        if name not in tensors and name != "reg_token":
-            raise InputError(
-                f"{file}: tensor {name} is missing, so this is neither our format (config.json with "
-                '"library": "vitreg") nor a timm ViT; these are the two that can be read'
-            )
-    if config.get("global_pool", "token") not in ("token", ""):
+    names = checkpoint.tensors
+    if LOOKALIKES.search(architecture):
+        raise InputError(f"{checkpoint.file}: {architecture} has other blocks than a plain ViT, and cannot be read")
+    if "pos_embed" not in names and "dinov3" not in architecture:
         raise InputError(
-            f"{file}: its head reads global_pool={config['global_pool']!r}; only class-token heads are read"
+            f"{checkpoint.file}: tensor pos_embed is missing, and of timm's ViTs without it only DINOv3 can be read; "
+            'if it is one, write "architecture": "vit_..._dinov3" into the config.json beside it'
         )
-    embed_dim, patch_size = tensors["patch_embed.proj.weight"].shape[0], tensors["patch_embed.proj.weight"].shape[-1]
-    rows, has_class_row = position_rows(file, tensors)
-    gamma = tensors.get("blocks.0.ls1.gamma")
-    values = {
-        "image_size": rows * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": 1 + max(int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))),
-        "num_heads": section(file, config, "model_args").get("num_heads") or num_heads(file, embed_dim),
-        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        "registers": tensors["reg_token"].shape[1] if "reg_token" in tensors else 0,
-        "class_position": has_class_row,
-        "layer_scale": None if gamma is None else 1e-5,
-        "num_classes": tensors["head.weight"].shape[0] if "head.weight" in tensors else 0,
-    }
-    return validate(ViTConfig, values, str(file))
-
-
-def position_rows(file: Path, tensors: Tensors) -> tuple[int, bool]:
-    """Side of the square position grid, and whether the class token has a row."""
-    count = tensors["pos_embed"].shape[1]
-    for prefix in (0, 1):
-        if math.isqrt(count - prefix) ** 2 == count - prefix:
-            return math.isqrt(count - prefix), bool(prefix)
-    raise InputError(
-        f"{file}: pos_embed of shape {shape(tensors['pos_embed'])} is no square grid with or without a class row; "
-        "such a model cannot be read"
-    )
-
-
-def num_heads(file: Path, embed_dim: int) -> int:
-    """Heads of timm's ViT of this width."""
-    if embed_dim not in HEADS:
+    if "cls_token" not in names and "reg_token" not in names and not architecture:
         raise InputError(
-            f"{file}: the heads of a ViT of width {embed_dim} are not known; write "
-            '"model_args": {"num_heads": N} into the config.json beside it'
+            f"{checkpoint.file}: tensor cls_token is missing, and timm's ViTs without it differ in more than names; "
+            'write their "architecture" into the config.json beside it'
         )
-    return HEADS[embed_dim]
 
 
-def preprocess_config(file: Path, config: dict[str, Any], model: ViTConfig) -> PreprocessConfig:
-    """What timm would apply to an image in evaluation."""
-    theirs = section(file, config, "pretrained_cfg") if "pretrained_cfg" in config else config
-    size = theirs.get("input_size", [3, model.image_size, model.image_size])
+def pool(checkpoint: Checkpoint, parts: Parts) -> str:
+    """What the head reads.
+
+    Raises:
+        InputError: neither the class token nor the mean of the patches.
+    """
+    usual = "avg" if "fc_norm.weight" in parts or "cls" not in parts else "token"
+    stated = checkpoint.config.get("global_pool", usual)
+    if stated not in POOLS:
+        raise InputError(
+            f"{checkpoint.file}: its head reads global_pool={stated!r}; only heads on the class token or the mean of "
+            'the patches ("token", "avg") are read'
+        )
+    return "avg" if "cls" not in parts else POOLS[stated]
+
+
+def add_positions(parts: Parts, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Take positions apart; returns the image size they fit.
+
+    A table with rows for registers is folded into class token and registers, to which they would be added anyway.
+    """
+    classes = int("cls" in parts)
+    registers = parts.shape("registers.tokens", 2)[0] if "registers.tokens" in parts else 0
+    rows, image_size = place(parts, sorted({0, classes, classes + registers}), size)
+    if registers and len(rows) == classes + registers:
+        parts.tensors["registers.tokens"] = parts.tensors["registers.tokens"] + rows[classes:]
+        if classes:
+            parts.tensors["cls"] = parts.tensors["cls"] + rows[0]
+    elif len(rows):
+        parts.tensors["positions.cls"] = rows[0]
+        parts.origins["positions.cls"] = parts.origins["positions.patches"]
+    return image_size
+
+
+def pack_swiglu(parts: Parts) -> None:
+    """Give our names to timm's packed SwiGLU, which has twice as many outputs in front as inputs behind."""
+    if "blocks.0.mlp.fc2.weight" not in parts:
+        return
+    if parts.shape("blocks.0.mlp.fc1.weight", 2)[0] == 2 * parts.shape("blocks.0.mlp.fc2.weight", 2)[1]:
+        for name in list(parts.tensors):
+            ours = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+            parts.tensors[ours], parts.origins[ours] = parts.tensors.pop(name), parts.origins.pop(name, name)
+
+
+def clip_facts(checkpoint: Checkpoint, parts: Parts, architecture: str) -> dict[str, object]:
+    """Epsilon and activation of timm's CLIP towers.
+
+    Raises:
+        InputError: nothing says which GELU the weights were trained with.
+    """
+    if "pre_norm.weight" not in parts:
+        return {}
+    if not architecture and "activation" not in checkpoint.given:
+        raise InputError(
+            f"{checkpoint.file}: a CLIP tower with GELU or with QuickGELU, which its tensors do not tell; give "
+            'activation="gelu" or "quick_gelu", or the config.json with timm\'s "architecture" beside it'
+        )
+    return {"norm_eps": 1e-5, "activation": "quick_gelu" if "quickgelu" in architecture else "gelu", "init": "clip"}
+
+
+def stated_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Height and width in pixels that the model was built for, as far as the config says.
+
+    Raises:
+        InputError: it is no size.
+    """
+    built = checkpoint.section(checkpoint.config, "model_args").get("img_size")
+    if built is not None:
+        return two_sides(checkpoint, "config.json", "img_size", built)
+    return input_size(checkpoint)
+
+
+def input_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Height and width in pixels of the images that the config prepares.
+
+    Raises:
+        InputError: it is no size.
+    """
+    size = settings(checkpoint).get("input_size")
+    if size is None:
+        return None
     if not isinstance(size, list) or len(size) != 3:
-        raise InputError(f"{file.parent / 'config.json'}: input_size={size!r} is not [3, height, width]; mend it")
+        where = checkpoint.file.parent / "config.json"
+        raise InputError(f"{where}: input_size={size!r} is not [3, height, width]; mend it")
+    return two_sides(checkpoint, "config.json", "input_size", size[1:])
+
+
+def settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """How timm prepares images for the model."""
+    config = checkpoint.config
+    return checkpoint.section(config, "pretrained_cfg") if "pretrained_cfg" in config else config
+
+
+def preprocess(checkpoint: Checkpoint, image_size: tuple[int, int]) -> PreprocessConfig:
+    """What timm would apply to an image in evaluation; ImageNet's mean and std where no config says.
+
+    Raises:
+        InputError: a setting that does not fit.
+    """
+    theirs, where = settings(checkpoint), f"{checkpoint.file.parent / 'config.json'}"
+    modes = {"center": "shorter", "squash": "squash"}
+    mode = theirs.get("crop_mode") or "center"
+    if mode not in modes:
+        raise InputError(f"{where}: crop_mode={mode!r} is not one of {', '.join(modes)}; mend it")
     values = {
-        "image_size": size[-1],
-        "crop_ratio": theirs.get("crop_pct", 1.0),
+        "image_size": (input_size(checkpoint) or image_size)[-1],
+        "crop_ratio": theirs.get("crop_pct", 0.875),
+        "resize": modes[mode],
         "interpolation": theirs.get("interpolation", "bicubic"),
         **{str(name): theirs[name] for name in ("mean", "std") if name in theirs},
     }
-    return validate(PreprocessConfig, values, str(file.parent / "config.json"))
-
-
-def section(file: Path, config: dict[str, Any], name: str) -> dict[str, Any]:
-    """A part of the config; empty where there is none."""
-    values: object = config.get(name, {})
-    if not isinstance(values, dict):
-        raise InputError(f"{file.parent / 'config.json'}: {name}={values!r} is not an object; mend or remove it")
-    return values
-
-
-def rename(tensors: Tensors, config: ViTConfig) -> Tensors:
-    """Our names and shapes for timm's tensors; names that are the same, or that nobody knows, stay."""
-    ours = {name: tensor for name, tensor in tensors.items() if name not in {"cls_token", "reg_token", "pos_embed"}}
-    positions = tensors["pos_embed"][0]
-    ours["cls"] = tensors["cls_token"][0, 0]
-    ours["registers.tokens"] = tensors["reg_token"][0] if config.registers else positions.new_empty(0, config.embed_dim)
-    ours["positions.patches"] = positions[int(config.class_position) :]
-    if config.class_position:
-        ours["positions.cls"] = positions[0]
-    return ours
+    return validate(PreprocessConfig, values, where)
