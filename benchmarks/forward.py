@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timm
 import torch
@@ -41,7 +42,7 @@ MATMUL = 2048
 Pass = Callable[[], object]
 
 
-def transformers_model(case: str, size: int) -> nn.Module:
+def transformers_model(case: str, size: int) -> Any:
     """The peer whose random weights all use."""
     if case.startswith("s14"):
         shape = {"hidden_size": 384, "num_attention_heads": 6, "patch_size": 14, "image_size": size}
@@ -49,7 +50,7 @@ def transformers_model(case: str, size: int) -> nn.Module:
     return transformers.ViTModel(transformers.ViTConfig(layer_norm_eps=1e-6), add_pooling_layer=False)
 
 
-def build(case: str, size: int) -> dict[str, nn.Module]:
+def build(case: str, size: int) -> dict[str, Any]:
     """One model in three libraries."""
     theirs = transformers_model(case, size).eval()
     for parameter in theirs.parameters():
@@ -62,14 +63,14 @@ def build(case: str, size: int) -> dict[str, nn.Module]:
     return {"ours": ours, "timm": other, "transformers": theirs}
 
 
-def forward(name: str, model: nn.Module, images: Tensor) -> Tensor:
+def forward(name: str, model: Any, images: Tensor) -> Tensor:
     """Tokens after the final norm."""
     if name.startswith("transformers"):
         return model(images).last_hidden_state
     return model.forward_features(images)
 
 
-def check(models: dict[str, nn.Module], images: Tensor) -> float:
+def check(models: dict[str, Any], images: Tensor) -> float:
     """Greatest difference of any token to ours, in fp32."""
     expected = forward("ours", models["ours"], images)
     return max((forward(name, model, images) - expected).abs().max().item() for name, model in models.items())
@@ -83,7 +84,7 @@ def mode_of(mode: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-def passes(models: dict[str, nn.Module], images: Tensor, mode: str) -> dict[str, Pass]:
+def passes(models: dict[str, Any], images: Tensor, mode: str) -> dict[str, Pass]:
     """What is timed: every model eager, ours and timm's compiled, and a matrix product."""
     device = images.device
     dtype = torch.float32 if mode.startswith("fp32") else torch.bfloat16

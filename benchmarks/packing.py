@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from vitreg_core import VisionTransformer, create_model, model_cost, save_model
-from vitreg_core.attention import QKV, join_heads
+from vitreg_core.attention import join_heads
 from vitreg_core.block import Block
+from vitreg_core.features import QKV
 from vitreg_core.precision import use_precision
 
 CROPS = {224: 2, 98: 8}  # side: crops of an image
@@ -36,7 +38,7 @@ def packed(model: VisionTransformer, batches: Sequence[Tensor]) -> list[Tensor]:
     return [features.tokens for features in model.packed(batches)]
 
 
-def loop(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+def loop(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
     """One call per size."""
     return [model.forward_features(images) for images in batches]
 
@@ -62,21 +64,21 @@ def padded_block(block: Block, tokens: Tensor, mask: Tensor) -> Tensor:
     return tokens + block.ls2(block.mlp(block.norm2(tokens)))
 
 
-def timm_copy(model: VisionTransformer) -> nn.Module:
+def timm_copy(model: VisionTransformer) -> Any:
     """Timm's model with the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, folder, layout="timm")
         return timm.create_model(f"local-dir:{folder}", pretrained=True, dynamic_img_size=True).to(model.device)
 
 
-def gradients(model: nn.Module, outputs: list[Tensor]) -> Tensor:
+def gradients(model: Any, outputs: list[Tensor]) -> Tensor:
     """Gradients of all weights for a fixed sum of outputs."""
     model.zero_grad()
-    sum(part.float().square().mean() for part in outputs).backward()
+    torch.stack([part.float().square().mean() for part in outputs]).sum().backward()
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
-def check(ways: dict[str, tuple[nn.Module, Forward]], batches: Sequence[Tensor]) -> str:
+def check(ways: dict[str, tuple[Any, Forward]], batches: Sequence[Tensor]) -> str:
     """Greatest difference of outputs and, relative to the greatest, of gradients, in fp32."""
     lines = []
     expected = ways["loop"][1](batches)
@@ -112,7 +114,7 @@ def measure(ways: dict[str, Callable[[], object]], repeats: int, device: torch.d
 
 
 def compare(
-    ways: dict[str, tuple[nn.Module, Forward]], batches: Sequence[Tensor], mode: str, *, backward: bool, repeats: int
+    ways: dict[str, tuple[Any, Forward]], batches: Sequence[Tensor], mode: str, *, backward: bool, repeats: int
 ) -> list[dict[str, object]]:
     """One row per way."""
     device = batches[0].device
@@ -121,7 +123,7 @@ def compare(
         for _ in range(2)
     )
 
-    def run(model: nn.Module, forward: Forward) -> None:
+    def run(model: Any, forward: Forward) -> None:
         with use_precision(mode, device), torch.set_grad_enabled(backward):  # type: ignore[arg-type]
             outputs = forward(batches)
         if backward:
@@ -160,7 +162,7 @@ def main() -> None:
     model = create_model("vit_s14_reg4").eval().to(device)
     theirs = timm_copy(model).eval()
     batches = [torch.randn(options.images * crops, 3, side, side, device=device) for side, crops in CROPS.items()]
-    ways: dict[str, tuple[nn.Module, Forward]] = {
+    ways: dict[str, tuple[Any, Forward]] = {
         "packed": (model, lambda parts: packed(model, parts)),
         "loop": (model, lambda parts: loop(model, parts)),
         "padded": (model, lambda parts: padded(model, parts)),

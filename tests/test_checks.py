@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 CODE = [
     path for folder in ("packages", "apps", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+PACKAGES = ("core", "recipes", "eval")
 CHECKS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "lint": ["-m", "ruff", "check", "."],
-    "types": ["-m", "mypy", "packages/core/src", "packages/recipes/src", "packages/eval/src", "apps", "benchmarks"],
+    "types": ["-m", "mypy", *(f"packages/{name}/src" for name in PACKAGES), "apps", "benchmarks", "hubconf.py"],
     "layers": ["-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
 }
 

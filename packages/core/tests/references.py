@@ -217,6 +217,7 @@ def official(
             lambda images: see_resized(model, images, mode),
             model.patch_embed.img_size,
             model.patch_embed.patch_size[0],
+            model if model.num_classes else None,
         )
 
     return build
@@ -289,6 +290,9 @@ def dinov3(name: str, **extra: Tensor) -> Callable[[Path], Reference]:
 # transformers -------------------------------------------------------------------------------------------------------
 
 
+WITH_HEAD = ("ViTForImageClassification", "CLIPVisionModelWithProjection")
+
+
 def from_transformers(
     cls: str,
     config: Callable[[], Any],
@@ -314,7 +318,7 @@ def from_transformers(
             lambda images: see_transformers(tower(model), images),
             (image.image_size, image.image_size),
             image.patch_size,
-            (lambda images: model(images, interpolate_pos_encoding=True).logits) if "Classification" in cls else None,
+            (lambda images: model(images, interpolate_pos_encoding=True)[0]) if cls in WITH_HEAD else None,
             any_size=True,
         )
 
