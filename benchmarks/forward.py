@@ -212,6 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch._inductor.config.freezing = True
+    transformers.utils.logging.disable_progress_bar()
     device, rows = torch.device(options.device), []
     print(f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}, {device}")
     for case in options.cases.split(","):
