@@ -9,7 +9,10 @@ from vitreg_core.config import Config, ViTConfig
 from vitreg_core.errors import InputError
 
 SCENES = "scenes"
-FREE_ON_RESUME = frozenset({"out", "log_every", "save_every", "keep_last", "data.workers"})
+FREE_ON_RESUME = frozenset(
+    {"out", "log_every", "save_every", "keep_last", "snapshot_every", "norms_every", "evaluate_every", "trackers"}
+    | {"data.workers"}
+)
 """Fields that change no weight, and so may change when a run continues."""
 
 
@@ -22,8 +25,12 @@ class OptimConfig(Config):
     """Highest learning rate; it is not scaled by the batch size."""
     weight_decay: NonNegativeFloat = 0.05
     """Decay of all but biases, norms, LayerScale, tokens and positions."""
+    schedule: Literal["steps", "epochs"] = "steps"
+    """A cosine over the steps, or DeiT-III's: constant within an epoch, and one epoch late."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up, counted within the cosine."""
+    """Steps of linear warm-up, counted within the cosine; for schedule=steps."""
+    warmup_epochs: NonNegativeInt = 0
+    """Epochs of linear warm-up, counted within the cosine; for schedule=epochs."""
     warmup_lr: NonNegativeFloat = 1e-6
     """Learning rate of the first warm-up step."""
     min_lr: NonNegativeFloat = 1e-5
@@ -34,11 +41,20 @@ class DataConfig(Config):
     """What to train on."""
 
     path: str = SCENES
-    """`scenes`, drawn while training, or a folder with one sub-folder of images per class (its `train`, if it has)."""
+    """`scenes`, drawn while training; a folder with one sub-folder (or .tar) of images per class (its `train`, if it
+    has one); `hub:org/name` for a data set of the Hugging Face hub; or a pattern of shards, `path/*.tar`, `*.parquet`."""
     label: Literal["class", "relation"] = "class"
     """What to learn of scenes: texture of the main object (6), or that and the shape of the second object (48)."""
     batch_size: PositiveInt = 256
     """Images per step, over all processes."""
+    images: PositiveInt | None = None
+    """Images in the shards, which cannot be counted without reading them; others are counted."""
+    augment: Literal["three", "three_simple_crop", "rand_augment"] = "three"
+    """DeiT-III's 3-Augment after a random resized crop, the same after a simple random crop (ImageNet-22k), or
+    RandAugment m9 mstd0.5 inc1 after a random resized crop (its fine-tunes)."""
+    repeats: PositiveInt = 1
+    """Times that an image is seen in a row, each time augmented anew; DeiT-III's repeated augmentation takes 3, and
+    calls a third of the images an epoch."""
     workers: NonNegativeInt = 2
     """Processes that read image files, per training process; any number gives the same pixels. Scenes need none."""
 
@@ -66,6 +82,17 @@ class LossConfig(Config):
     """Label smoothing; cross-entropy only."""
 
 
+class ElasticConfig(Config):
+    """Registers that a model can be used with or without, and that look at different things."""
+
+    sample: bool = False
+    """Whether every step uses only the first R' registers, with R' drawn from 0 to all of them."""
+    diversity: NonNegativeFloat = 0.0
+    """Weight of the penalty on registers whose attention maps are alike."""
+    penalty: Literal["correlation", "orthogonality"] = "correlation"
+    """Mean squared correlation, or cosine, between the attention maps of two registers."""
+
+
 class TrainConfig(Config):
     """A training run. The number of classes comes from the data."""
 
@@ -79,8 +106,20 @@ class TrainConfig(Config):
     """Mixing of images."""
     loss: LossConfig = LossConfig()
     """Loss of the classifier."""
-    steps: PositiveInt
-    """Optimizer steps of the whole run."""
+    elastic: ElasticConfig = ElasticConfig()
+    """Sampling and diversity of registers."""
+    init: str | None = None
+    """Weights to start from, any SOURCE of load_model; the head is new unless it fits the classes."""
+    steps: PositiveInt | None = None
+    """Optimizer steps of the whole run; or give epochs."""
+    epochs: PositiveInt | None = None
+    """Passes over the data of the whole run; or give steps."""
+    accumulate: PositiveInt = 1
+    """Parts that every batch is split into, to fit into memory; the gradient is that of the whole batch."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay of a moving average of the weights, kept beside them (DeiT-III: 0.99996); none keeps no average."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """How several processes share the work: a copy of the model each, or every block split over all."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Fixes weights, data order, augmentation, mixing and drop path."""
     precision: Literal["fp32", "fp32-fast", "bf16"] = "fp32"
@@ -89,6 +128,14 @@ class TrainConfig(Config):
     """Steps between checkpoints."""
     keep_last: PositiveInt = 2
     """Checkpoints to keep."""
+    snapshot_every: PositiveInt | None = None
+    """Steps between weights that are never deleted (`snapshots/step_*`), for analyses over training."""
+    norms_every: PositiveInt | None = None
+    """Steps between measurements of the token norms of a fixed batch."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where to log beside `log.jsonl`."""
     log_every: PositiveInt = 20
     """Steps between lines of the log."""
     out: Path | None = None
