@@ -1,17 +1,37 @@
 """Train a run: `accelerate launch apps/train.py deit3_scenes --model.registers 4 --out runs/reg4`.
 
-Without arguments it lists the runs; `apps/train.py <run> --help` lists the options of one.
+Without arguments it lists the runs; `apps/train.py <run> --help` lists the options of one. `--config FILE` reads
+options from a YAML file, such as `--print-config` prints.
 """
 
 import os
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vitreg_core.options import one_line_errors, parse_options
-from vitreg_recipes.config import TrainConfig
+from vitreg_core.errors import InputError
+from vitreg_core.options import one_line_errors, parse_options, split_arguments
+from vitreg_recipes.config import SCENES, TrainConfig
 from vitreg_recipes.runs import find, list_runs
 
+if TYPE_CHECKING:
+    from vitreg_recipes.measure import Evaluation
+
 PROGRAM = "train.py"
+WITH_INIT = ("model.image_size", "model.drop_path", "model.registers")
+"""Options on the model that go with --init; the rest comes with the weights."""
+SNIPPET = """\
+from pathlib import Path
+import json
+from vitreg_core import load_model
+from vitreg_core.data.images import read_image
+
+model = load_model({out!r})
+classes = json.loads(Path({out!r}, "classes.json").read_text())
+image = model.preprocess(read_image(Path({photo!r})))
+print(classes[model.classify(image[None]).argmax()])"""
 
 
 class Options(TrainConfig):
@@ -22,14 +42,26 @@ class Options(TrainConfig):
 
 
 def parse(name: str, arguments: list[str]) -> Options:
-    """Config of a run with the options of the command line; `out` is runs/<name> unless it says otherwise."""
+    """Config of a run with the options of a file and the command line; `out` is runs/<name> unless they say otherwise.
+
+    Raises:
+        InputError: an option that cannot be used.
+    """
     default = Options(**{**find(name).model_dump(), "out": Path("runs", name)})
-    return parse_options(default, arguments, f"{PROGRAM} {name}")
+    options = parse_options(default, arguments, f"{PROGRAM} {name}")
+    fixed = (given for given, _ in split_arguments(arguments) if given.startswith("model.") and given not in WITH_INIT)
+    if options.init is not None and (field := next(fixed, None)):
+        raise InputError(
+            f"option --{field} with init={options.init}: it comes with the weights; leave it out (free are "
+            f"{', '.join(WITH_INIT)})"
+        )
+    return options
 
 
 def print_runs() -> None:
     """List the runs, and how to start one."""
-    print("usage: accelerate launch apps/train.py RUN [--option value ...] [--resume]; RUN --help lists the options\n")
+    print("usage: accelerate launch apps/train.py RUN [--option value ...] [--resume]; RUN --help lists the options")
+    print("RUN_regN is RUN with N registers, such as deit3_b16_reg4\n")
     for name, line in list_runs().items():
         print(f"{name}  {line}")
 
@@ -48,6 +80,55 @@ def use_all_cores() -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def resume_command(arguments: list[str], environment: Mapping[str, str]) -> str:
+    """The command that continues this run on this machine, by the launcher that the environment tells of."""
+    processes, local = int(environment.get("WORLD_SIZE", "1")), environment.get("LOCAL_WORLD_SIZE", "1")
+    words = [sys.argv[0], *(word for word in arguments if word != "--resume"), "--resume"]
+    if "ACCELERATE_MIXED_PRECISION" in environment:  # which accelerate launch sets
+        launcher = ["accelerate", "launch", *(["--num_processes", str(processes)] if processes > 1 else [])]
+    elif processes > 1:
+        cpu = environment.get("ACCELERATE_USE_CPU")
+        launcher = [*(["env", f"ACCELERATE_USE_CPU={cpu}"] if cpu else []), "torchrun", "--nproc_per_node", local]
+    else:
+        launcher = [sys.executable]
+    where = f" (in {Path.cwd()}; on each machine as before)" if processes > int(local) else ""
+    return shlex.join([*(["uv", "run"] if "UV" in environment else []), *launcher, *words]) + where
+
+
+def evaluations(options: Options) -> Mapping[str, "Evaluation"]:
+    """What to measure every `evaluate_every` steps: k-NN and the head, on the validation split.
+
+    Raises:
+        InputError: the data have none.
+    """
+    if options.evaluate_every is None:
+        return {}
+    from vitreg_eval.training import evaluations
+
+    folder = None if options.data.path == SCENES else Path(options.data.path)
+    if folder is not None and not folder.is_dir():
+        raise InputError(
+            f"evaluate_every={options.evaluate_every} with data.path={folder}: only scenes, and a folder with train "
+            "and val in it, have a validation split; set evaluate_every to none"
+        )
+    return evaluations(folder, "relation" if options.data.label == "relation" else "label", options.precision)
+
+
+def print_next(options: Options) -> None:
+    """Say what to do with the trained model: a program that names the class of a photo, and the next command."""
+    from vitreg_core.data.images import labelled_images
+
+    folder = Path(options.data.path)
+    folder = folder / "train" if (folder / "train").is_dir() else folder
+    try:
+        photo = labelled_images(folder).paths[0] if options.data.path != SCENES else None
+    except InputError:  # shards, tars or a data set of the hub: no file to name
+        photo = None
+    if photo is not None:
+        print(f"trained; to name the class of a photo:\n\n{SNIPPET.format(out=str(options.out), photo=str(photo))}\n")
+    print(f"trained; next: vitreg-eval knn --model {options.out}")
+
+
 def main(arguments: list[str]) -> None:
     """List the runs, or train one."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -58,9 +139,11 @@ def main(arguments: list[str]) -> None:
         use_all_cores()
         from vitreg_recipes.loop import train  # after the options, which must answer at once
 
-        train(TrainConfig(**options.model_dump(exclude={"resume"})), resume=options.resume)
+        config = TrainConfig(**options.model_dump(exclude={"resume"}))
+        command = resume_command(arguments, os.environ)
+        train(config, resume=options.resume, evaluations=evaluations(options), command=command)
     if options.out is not None and os.environ.get("RANK", "0") == "0":
-        print(f"trained; next: vitreg-eval knn --model {options.out}")
+        print_next(options)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from vitreg_core.config import field_names, override
 from vitreg_core.errors import InputError
-from vitreg_recipes import find, list_runs
+from vitreg_recipes import find
 from vitreg_recipes.config import TrainConfig, check, check_same, local_batch
 
 
@@ -21,34 +21,58 @@ def test_every_option_says_what_it_is() -> None:
     assert all(field.description for field in fields)
 
 
-def test_runs_are_valid_and_described() -> None:
-    assert "deit3_scenes" in list_runs()
-    for name, line in list_runs().items():
-        check(find(name))
-        assert line
-
-
-def test_an_unknown_run_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="unknown run 'deit_scenes'; did you mean deit3_scenes"):
-        find("deit_scenes")
-
-
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
         ({"model.num_classes": 5}, "comes from the data; leave it at 0"),
-        ({"optim.warmup_steps": 9, "steps": 8}, "warmup_steps=9 of steps=8; warm up for fewer"),
+        ({"optim.warmup_steps": 9, "steps": 8}, "warmup_steps=9 of steps=8; warm up for fewer steps"),
+        (
+            {"optim.warmup_epochs": 9, "optim.warmup_steps": 0, "optim.schedule": "epochs", "steps": None, "epochs": 8},
+            "warmup_epochs=9 of epochs=8; warm up for fewer epochs",
+        ),
+        ({"steps": None}, "steps=None and epochs=None: give one of them, and none for the other"),
+        ({"epochs": 3}, "steps=1100 and epochs=3: give one of them, and none for the other"),
+        (
+            {"optim.warmup_epochs": 5},
+            "warmup_epochs=5 has no effect with optim.schedule=steps; set it to 0, and give optim.warmup_steps",
+        ),
+        (
+            {"optim.schedule": "epochs"},
+            "warmup_steps=60 has no effect with optim.schedule=epochs; set it to 0, and give optim.warmup_epochs",
+        ),
         ({"optim.lr": 1e-7}, "lr is the highest of the three"),
         ({"loss.smoothing": 0.1}, "set smoothing to 0, or name to ce"),
         (
             {"data.label": "relation", "data.path": "photos"},
             "data.path=photos: only scenes have that; use class",
         ),
+        ({"strategy": "fsdp2"}, "strategy=fsdp2 with optim.name=lamb.*use strategy=ddp, or optim.name=adamw"),
+        ({"elastic.sample": True}, "elastic.sample=True with model.registers=0.*give registers"),
+        (
+            {"elastic.diversity": 0.1, "model.registers": 1},
+            "elastic.diversity=0.1 with model.registers=1.*give at least 2, or set it to 0",
+        ),
+        ({"init": "runs/deit3_b61"}, "init=runs/deit3_b61.*train deit3_b61 first, or give --init SOURCE"),
     ],
 )
 def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, object], advice: str) -> None:
-    with pytest.raises(InputError, match=advice):
+    with pytest.raises(InputError, match=advice) as refused:
         check(override(find("deit3_scenes"), changes))
+    assert "\n" not in str(refused.value)
+
+
+def test_fields_that_fit_together_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = find("deit3_scenes")
+    check(override(scenes, {"elastic.sample": True, "elastic.diversity": 1, "model.registers": 2}))
+    check(override(scenes, {"strategy": "fsdp2", "optim.name": "adamw"}))
+    check(override(scenes, {"optim.lr": 1e-5, "optim.warmup_lr": 1e-5}))
+    by_epochs = {"optim.schedule": "epochs", "optim.warmup_steps": 0, "optim.warmup_epochs": 2}
+    check(override(scenes, by_epochs | {"steps": None, "epochs": 2}))
+    check(override(scenes, by_epochs))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    check(override(scenes, {"init": "runs/mine"}))
+    check(override(scenes, {"init": "hub:some/model"}))
 
 
 @pytest.mark.parametrize(("name", "value"), [("optim.lr", 0), ("steps", 0), ("seed", -1), ("precision", "fp16")])

@@ -7,12 +7,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch.nn import functional as F
 from vitreg_core import load_model
+from vitreg_core.config import override
 from vitreg_core.errors import InputError
 from vitreg_recipes import train
+from vitreg_recipes.build import build
 from vitreg_recipes.config import TrainConfig
 from vitreg_recipes.data import open_data
-from vitreg_recipes.loop import build, set_up, start
+from vitreg_recipes.loop import batches, set_up, start
 from vitreg_recipes.optim import lr_at
 from vitreg_recipes.state import TrainState
 
@@ -46,9 +49,10 @@ def test_the_log_tells_loss_rate_and_speed(tiny: Tiny, tmp_path: Path) -> None:
     assert [line["loss"] for line in lines] == pytest.approx(
         [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]], rel=1e-6
     )
-    assert [line["lr"] for line in lines] == [lr_at(step - 1, config.optim, 5) for step in (2, 4, 5)]
+    assert [line["lr"] for line in lines] == [lr_at(step - 1, config.optim, 5, 1000) for step in (2, 4, 5)]
     assert abs(losses[0] - math.log(2)) < 0.05
     assert all(line["images_per_second"] > 0 and line["skipped_images"] == 0 for line in lines)
+    assert all(0 <= line["data_wait"] <= 1 for line in lines)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_it_loadable(tiny: Tiny, tmp_path: Path) -> None:
@@ -96,3 +100,75 @@ def test_a_config_that_does_not_fit_writes_nothing(tiny: Tiny, tmp_path: Path) -
     with pytest.raises(InputError, match="num_heads=3 does not divide embed_dim=8"):
         train(tiny(out=tmp_path / "run", model__num_heads=3))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(tiny: Tiny) -> None:
+    config = tiny(mix__mixup=0, mix__cutmix=0, data__batch_size=8, model__layer_scale=1.0, model__drop_path=0)
+    found = []
+    for parts in (1, 4):
+        state = set_up(override(config, {"accumulate": parts}), start(override(config, {"accumulate": parts})))
+        loss = state.objective.step(next(batches(state)))["loss"]
+        found.append([loss, *(parameter.grad for parameter in state.model.parameters())])
+    for whole, joined in zip(*found, strict=True):
+        torch.testing.assert_close(joined, whole, rtol=1e-5, atol=1e-7)
+    assert max(gradient.abs().max() for gradient in found[0]) > 1e-2
+
+
+@pytest.mark.parametrize(("mixing", "parts"), [(0, 3), (0.8, 3), (0.8, 4)])
+def test_a_batch_that_does_not_split_is_an_error(tiny: Tiny, mixing: float, parts: int) -> None:
+    with pytest.raises(InputError, match=rf"accumulate={parts}: the 4 images .* do not split into equal parts.*change"):
+        train(tiny(accumulate=parts, mix__mixup=mixing, mix__cutmix=0))
+
+
+def test_a_new_model_starts_from_other_weights(tiny: Tiny, tmp_path: Path, photos: Path) -> None:
+    train(tiny(out=tmp_path / "first", steps=2))
+    source = load_model(tmp_path / "first")
+    config = tiny(
+        init=str(tmp_path / "first"),
+        data__path=str(photos),
+        model__image_size=32,
+        model__embed_dim=64,
+        out=tmp_path / "b",
+    )
+    state = set_up(config, start(config))
+    model = state.model
+    assert (model.config.embed_dim, model.config.size, model.config.registers) == (8, (32, 32), 2)
+    assert (model.config.drop_path, model.config.num_classes) == (0.3, 2)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
+    expected = F.interpolate(
+        source.positions.patches.T.unflatten(1, (2, 2))[None], (4, 4), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(model.positions.patches, expected[0].flatten(1).T)
+    assert model.preprocess.config.mean == state.data.preprocess.mean == (0.5, 0.5, 0.5)  # as the source expects
+    assert (state.config.model.embed_dim, state.config.model.num_classes) == (8, 0)
+    trained = train(config)
+    resumed = train(config, resume=True)
+    assert torch.equal(trained.head.weight, resumed.head.weight)
+
+
+def test_a_head_for_as_many_classes_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(out=tmp_path, steps=2))
+    source = load_model(tmp_path)
+    kept = set_up(config := tiny(init=str(tmp_path)), start(config)).model
+    new = set_up(config := tiny(init=str(tmp_path), data__label="relation"), start(config)).model
+    assert torch.equal(kept.head.weight, source.head.weight)
+    assert new.head.weight.shape == (48, 8)
+
+
+def test_registers_that_the_weights_lack_start_at_random_with_a_warning(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(out=tmp_path, steps=2))
+    with pytest.warns(UserWarning, match="2 registers added with random values"):
+        model = set_up(config := tiny(init=str(tmp_path), model__registers=4), start(config)).model
+    tokens = load_model(tmp_path).registers.tokens
+    assert torch.equal(model.registers.tokens[:2], tokens)
+    assert model.registers.tokens[2:].std() > 0
+    fewer = set_up(config := tiny(init=str(tmp_path), model__registers=0), start(config)).model
+    assert torch.equal(fewer.registers.tokens, tokens)
+
+
+def test_images_smaller_than_a_patch_of_the_weights_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny(out=tmp_path, steps=2))
+    with pytest.raises(InputError, match="image_size=4 is smaller than patch_size=8; give a larger image_size"):
+        train(tiny(init=str(tmp_path), model__image_size=4))
+    with pytest.raises(InputError, match="no such file or folder"):
+        train(tiny(init="nowhere"))

@@ -17,6 +17,7 @@ def test_a_run_says_how_to_run_it_again(tiny: Tiny, tmp_path: Path) -> None:
     assert type(config).model_validate(record["config"]) == config
     assert (record["seed"], record["processes"], len(record["classes"])) == (5, 1, 6)
     assert record["versions"].keys() >= {"python", "torch", "timm", "accelerate", "vitreg-recipes"}
+    assert json.loads((tmp_path / "classes.json").read_text()) == record["classes"]
     assert record["commit"] is None or len(record["commit"].removesuffix("+changes")) == 40
 
 

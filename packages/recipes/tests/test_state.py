@@ -1,6 +1,10 @@
+import errno
 import json
+import os
+import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,8 +13,9 @@ from torch import Tensor
 from vitreg_core import load_model
 from vitreg_core.errors import InputError
 from vitreg_recipes import train
+from vitreg_recipes.checkpoints import checkpoints
 from vitreg_recipes.config import TrainConfig
-from vitreg_recipes.state import TrainState, checkpoints
+from vitreg_recipes.state import TrainState
 
 Tiny = Callable[..., TrainConfig]
 
@@ -148,9 +153,101 @@ def test_sigterm_saves_and_exits_cleanly(tiny: Tiny, tmp_path: Path, capsys: pyt
 
     config, before = tiny(out=tmp_path, save_every=100), signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        train(config, hooks=[terminate])
+        train(config, hooks=[terminate], command="again.sh --resume")
     assert stopped.value.code == 0
-    assert f"stopped at step 3 of 8, saved in {tmp_path}; give --resume to continue" in capsys.readouterr().err
+    said = f"stopped at step 3 of 8, saved in {tmp_path}; continue with: again.sh --resume"
+    assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in checkpoints(tmp_path / "checkpoints")] == ["step_000003"]
     assert_same_weights(train(config, resume=True), train(tiny()))
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """Let no file grow beyond a size, in bytes: all that writes fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [1, 2000, 12000])
+def test_a_full_disk_is_one_error_and_the_run_goes_on_with_room(tiny: Tiny, tmp_path: Path, size: int) -> None:
+    config, full = tiny(out=tmp_path, ema=0.9, log_every=100), small_disk(size)
+
+    def fill(state: TrainState, metrics: Mapping[str, Tensor]) -> None:
+        if state.step == 6:
+            full.__enter__()
+
+    try:
+        with pytest.raises(
+            InputError, match=r"step_000006: cannot be written \(.+\); make room, then --resume"
+        ) as raised:
+            train(config, hooks=[fill])
+    finally:
+        full.__exit__(None, None, None)
+    assert "\n" not in str(raised.value)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_000004", "step_000002"}
+    assert load_model(tmp_path / "checkpoints" / "step_000004").cls.isfinite().all()
+    assert_same_weights(train(config, resume=True), train(tiny()))
+
+
+def test_no_room_for_the_log_is_one_error(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, opened = tiny(out=tmp_path), Path.open
+
+    def refuse(path: Path, mode: str = "r", **options: object) -> object:
+        if path.name == "log.jsonl" and mode == "a":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, mode, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(InputError, match=r"log.jsonl: cannot be written \(.*No space left.*\); make room, then"):
+            train(config)
+    assert_same_weights(train(config, resume=True), train(tiny()))
+
+
+def test_whatever_a_killed_process_left_is_gone_after_the_next_start(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(out=tmp_path, snapshot_every=2, ema=0.5)
+    crash(config, 5)
+    for name in ("checkpoints/.step_000006.tmp", "snapshots/.step_000006.tmp", ".exported.tmp", "..exported.tmp.tmp"):
+        (tmp_path / name / "ema").mkdir(parents=True)
+    (tmp_path / ".log.jsonl.tmp").write_text("{")
+    train(config, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints",
+        "classes.json",
+        "config.json",
+        "ema",
+        "log.jsonl",
+        "model.safetensors",
+        "run.json",
+        "snapshots",
+    ]
+    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
+
+
+@pytest.mark.parametrize("damaged", ["ema/model.safetensors", "ema"])
+def test_a_damaged_average_is_a_damaged_checkpoint(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], damaged: str
+) -> None:
+    config = tiny(out=tmp_path, ema=0.9)
+    train(config)
+    average = load_model(tmp_path / "ema")
+    newest = checkpoints(tmp_path / "checkpoints")[0]
+    (newest / damaged).rename(newest / "away")
+    train(config, resume=True)
+    assert f"{newest}: damaged checkpoint" in capsys.readouterr().err
+    assert_same_weights(load_model(tmp_path / "ema"), average)
+
+
+def test_a_run_in_epochs_counts_the_steps_of_its_data(tiny: Tiny, tmp_path: Path, photos: Path) -> None:
+    config = tiny(out=tmp_path / "run", data__path=str(photos), data__batch_size=2, steps=None, epochs=2)
+    seen: list[tuple[int, int]] = []
+    train(config, hooks=[lambda state, metrics: seen.append((state.steps, state.epoch_steps))])
+    steps, epoch_steps = seen[0]
+    assert steps == 2 * epoch_steps == len(seen)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == steps
+    assert epoch_steps in (3, 4)  # 7 photos in pairs

@@ -1,5 +1,6 @@
 """The register vision transformer: images to Features, top to bottom."""
 
+import copy
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -10,14 +11,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vitreg_core.attention import Group, Rotation, pack, unpack
 from vitreg_core.block import Block, drop_path_rates
-from vitreg_core.config import PreprocessConfig, ViTConfig
+from vitreg_core.config import PreprocessConfig, ViTConfig, override
 from vitreg_core.data.images import Preprocess
 from vitreg_core.embed import PatchEmbed, Positions, RotaryPositions
 from vitreg_core.errors import InputError
 from vitreg_core.features import QKV, Features, block_index, name_tokens
+from vitreg_core.feed_forward import FEED_FORWARDS
 from vitreg_core.hub import HubMethods
 from vitreg_core.initialise import initialise
-from vitreg_core.registers import Registers
+from vitreg_core.registers import FirstRegisters, Registers
 from vitreg_core.timm_methods import TimmMethods
 
 
@@ -50,17 +52,50 @@ class VisionTransformer(TimmMethods, HubMethods):
         self.head = nn.Linear(dim, config.num_classes, bias=config.head_bias) if config.num_classes else None
         initialise(self)
 
-    def forward(self, images: Float[Tensor, "b 3 height width"], masks: Bool[Tensor, "b p"] | None = None) -> Features:
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 height width"],
+        masks: Bool[Tensor, "b p"] | None = None,
+        *,
+        registers: int | None = None,
+    ) -> Features:
         """Tokens after the final norm.
 
         Args:
             images: normalised pixels; pixels beyond the last whole patch are dropped.
             masks: patches whose embedding the mask token replaces, before positions are added.
+            registers: use the first so many alone, as `with_registers` does for all that a model is asked.
 
         Raises:
-            InputError: images smaller than one patch, or masks for a model without a mask token.
+            InputError: images smaller than one patch, masks for a model without a mask token, or registers that the
+                model does not have.
         """
+        if registers is not None:
+            return self.with_registers(registers).forward(images, masks)  # not a call: hooks of this one run once
         return self.name_tokens(self.norm(self.stream(images, masks=masks)), self.patch_embed.grid(images))
+
+    def with_registers(self, count: int) -> "VisionTransformer":
+        """This model with its first registers alone, made without copying a weight.
+
+        What changes one changes the other: a gradient reaches the class token, the patches and the registers in use.
+        Saved, it is a model with so many registers.
+
+        Args:
+            count: 0 to all registers of the model; a model trained with `elastic.sample` is made for it.
+
+        Raises:
+            InputError: more registers than there are, or a model some of whose MLPs act on one register.
+        """
+        if not 0 <= count <= self.num_registers:
+            raise InputError(f"{count} registers of a model with {self.num_registers}; use 0 to {self.num_registers}")
+        kind = FEED_FORWARDS[self.config.feed_forward]
+        if not all(isinstance(self.block(layer).mlp, kind) for layer in range(self.depth)):
+            raise InputError("this model has moved neurons, which need its last register; take registers away before")
+        view = copy.copy(self)
+        view.config = override(self.config, {"registers": count})
+        view._modules = {**self._modules, "registers": FirstRegisters(self.registers, count)}
+        view.rotary = self.rotary and RotaryPositions(view.config)  # it counts the tokens before the patches
+        return view
 
     def features(self, images: Float[Tensor, "b 3 height width"]) -> Features:
         """Tokens after the final norm; the same as calling the model."""

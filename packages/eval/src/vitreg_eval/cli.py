@@ -55,7 +55,8 @@ tasks:
 examples:
   {PROGRAM} doctor --images photos --model runs/x
   {PROGRAM} lost --dataset voc12 --data data/VOCdevkit --model runs/x
-  {PROGRAM} knn --model runs/r0 --model runs/r4"""
+  {PROGRAM} knn --model runs/r0 --model runs/r4
+  {PROGRAM} knn --model runs/elastic --registers 0,1,2,4,auto"""
 
 
 def list_text() -> str:
@@ -92,7 +93,12 @@ def measure_model(task: Task, options: TaskOptions, source: str, out: Path) -> N
     make_folder(out)
     torch.manual_seed(options.seed)
     model = load_model(source).to(device(options))
-    outcome = task.run(model, options, out)
+    if options.registers:
+        from vitreg_eval.counts import measure_counts
+
+        outcome = measure_counts(task, model, options, out)
+    else:
+        outcome = task.run(model, options, out)
     write_json(out / "result.json", result(task.name, model, outcome, options, time.perf_counter() - started))
     print(f"{task.name}: {model.source} on {outcome.data.name} {outcome.data.split} ({outcome.data.n} images)")
     print(table(outcome.metrics))

@@ -1,10 +1,13 @@
 """Options of the tasks. This module imports no torch, so that `--help` answers at once."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from vitreg_core.config import Config
+
+AUTO: Literal["auto"] = "auto"
 
 
 class TaskOptions(Config):
@@ -22,6 +25,18 @@ class TaskOptions(Config):
     """Seed of drawn scenes, heads and bootstrap; the same seed gives the same numbers."""
     batch_size: PositiveInt = 64
     """Images per forward pass."""
+    registers: tuple[NonNegativeInt | Literal["auto"], ...] = ()
+    """Measure the model with its first registers alone, for each of these numbers (0,1,2,4), and draw the curve; auto
+    runs an image with all registers where it has outliers without."""
+
+    @field_validator("registers", mode="before")
+    @classmethod
+    def split_words(cls, given: str | Iterable[object]) -> tuple[object, ...]:
+        """Take several numbers in one word, between commas."""
+        words = [part for word in ([given] if isinstance(given, str) else given) for part in str(word).split(",")]
+        if not all(word == AUTO or word.isdecimal() for word in words):
+            raise ValueError("give numbers of registers such as 0,1,2,4, or auto")
+        return tuple(words)
 
 
 class ClassifyOptions(TaskOptions):

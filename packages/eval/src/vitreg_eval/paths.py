@@ -5,7 +5,7 @@ from pathlib import Path
 
 from vitreg_core.errors import InputError
 
-from vitreg_eval.config import LabelOptions, LostOptions, NormsOptions, TaskOptions
+from vitreg_eval.config import AUTO, DoctorOptions, LabelOptions, LostOptions, NormsOptions, TaskOptions
 
 
 def check_needs(options: TaskOptions) -> None:
@@ -21,6 +21,8 @@ def check_needs(options: TaskOptions) -> None:
         raise InputError("--label relation with --data: only scenes have relations; leave one of them out")
     if isinstance(options, NormsOptions) and options.limit is not None and options.images is None:
         raise InputError(f"--limit {options.limit} without --images; for scenes give --test_images")
+    if AUTO in options.registers and isinstance(options, LostOptions | DoctorOptions):
+        raise InputError("--registers auto: this task looks into single blocks, whose tokens then differ; give numbers")
     if missing:
         raise InputError(f"missing: {' and '.join(missing)}")
 

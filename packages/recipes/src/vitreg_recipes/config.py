@@ -9,6 +9,8 @@ from vitreg_core.config import Config, ViTConfig
 from vitreg_core.errors import InputError
 
 SCENES = "scenes"
+RUNS = "runs/"
+"""Where apps/train.py puts the folders of runs, from which fine-tunes start."""
 FREE_ON_RESUME = frozenset(
     {"out", "log_every", "save_every", "keep_last", "snapshot_every", "norms_every", "evaluate_every", "trackers"}
     | {"data.workers"}
@@ -42,13 +44,11 @@ class DataConfig(Config):
 
     path: str = SCENES
     """`scenes`, drawn while training; a folder with one sub-folder (or .tar) of images per class (its `train`, if it
-    has one); `hub:org/name` for a data set of the Hugging Face hub; or a pattern of shards, `path/*.tar`, `*.parquet`."""
+    has one); `hub:org/name` for a data set of the Hugging Face hub; or shards, 'path/*.tar' or 'path/*.parquet'."""
     label: Literal["class", "relation"] = "class"
     """What to learn of scenes: texture of the main object (6), or that and the shape of the second object (48)."""
     batch_size: PositiveInt = 256
     """Images per step, over all processes."""
-    images: PositiveInt | None = None
-    """Images in the shards, which cannot be counted without reading them; others are counted."""
     augment: Literal["three", "three_simple_crop", "rand_augment"] = "three"
     """DeiT-III's 3-Augment after a random resized crop, the same after a simple random crop (ImageNet-22k), or
     RandAugment m9 mstd0.5 inc1 after a random resized crop (its fine-tunes)."""
@@ -148,17 +148,13 @@ def check(config: TrainConfig) -> None:
     Raises:
         InputError: names the fields, their values, and what to do.
     """
-    optim, loss, data = config.optim, config.loss, config.data
+    check_length(config)
+    check_rates(config.optim)
+    check_registers(config)
+    data, loss, init = config.data, config.loss, config.init
     if config.model.num_classes:
         raise InputError(
             f"model.num_classes={config.model.num_classes}: the number of classes comes from the data; leave it at 0"
-        )
-    if optim.warmup_steps > config.steps:
-        raise InputError(f"optim.warmup_steps={optim.warmup_steps} of steps={config.steps}; warm up for fewer steps")
-    if max(optim.min_lr, optim.warmup_lr) > optim.lr:
-        raise InputError(
-            f"optim.lr={optim.lr} is below optim.min_lr={optim.min_lr} or optim.warmup_lr={optim.warmup_lr}; "
-            "lr is the highest of the three"
         )
     if loss.name == "bce" and loss.smoothing:
         raise InputError(
@@ -167,6 +163,52 @@ def check(config: TrainConfig) -> None:
         )
     if data.label != "class" and data.path != SCENES:
         raise InputError(f"data.label={data.label} with data.path={data.path}: only scenes have that; use class")
+    if config.strategy == "fsdp2" and config.optim.name == "lamb":
+        raise InputError(
+            "strategy=fsdp2 with optim.name=lamb: LAMB needs the norms of whole tensors, of which every process holds "
+            "a part; use strategy=ddp, or optim.name=adamw"
+        )
+    if init is not None and init.startswith(RUNS) and not Path(init).exists():
+        raise InputError(
+            f"init={init}: nothing there to fine-tune; train {init.removeprefix(RUNS)} first, or give --init SOURCE"
+        )
+
+
+def check_length(config: TrainConfig) -> None:
+    """Refuse a run without an end or with two, and a warm-up that outlasts it or that its schedule does not read."""
+    optim, steps, epochs = config.optim, config.steps, config.epochs
+    if (steps is None) == (epochs is None):
+        raise InputError(f"steps={steps} and epochs={epochs}: give one of them, and none for the other")
+    unread, read = ("warmup_epochs", "warmup_steps") if optim.schedule == "steps" else ("warmup_steps", "warmup_epochs")
+    if getattr(optim, unread):
+        raise InputError(
+            f"optim.{unread}={getattr(optim, unread)} has no effect with optim.schedule={optim.schedule}; "
+            f"set it to 0, and give optim.{read}"
+        )
+    for unit, warmup, length in (("steps", optim.warmup_steps, steps), ("epochs", optim.warmup_epochs, epochs)):
+        if length is not None and warmup > length:
+            raise InputError(f"optim.warmup_{unit}={warmup} of {unit}={length}; warm up for fewer {unit}")
+
+
+def check_rates(optim: OptimConfig) -> None:
+    """Refuse a highest learning rate that is not the highest."""
+    if max(optim.min_lr, optim.warmup_lr) > optim.lr:
+        raise InputError(
+            f"optim.lr={optim.lr} is below optim.min_lr={optim.min_lr} or optim.warmup_lr={optim.warmup_lr}; "
+            "lr is the highest of the three"
+        )
+
+
+def check_registers(config: TrainConfig) -> None:
+    """Refuse to sample or compare registers that are not there."""
+    elastic, registers = config.elastic, config.model.registers
+    if elastic.sample and not registers:
+        raise InputError("elastic.sample=True with model.registers=0: there is nothing to draw from; give registers")
+    if elastic.diversity and registers < 2:
+        raise InputError(
+            f"elastic.diversity={elastic.diversity} with model.registers={registers}: it compares registers; "
+            "give at least 2, or set it to 0"
+        )
 
 
 def local_batch(config: TrainConfig, processes: int) -> int:

@@ -1,26 +1,40 @@
 """The training loop."""
 
-import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from vitreg_core.config import override
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from vitreg_core.errors import InputError
 from vitreg_core.precision import Precision, use_precision
 from vitreg_core.vit import VisionTransformer
 
-from vitreg_recipes.config import TrainConfig, check, local_batch
-from vitreg_recipes.data import Batch, Data, Share, open_data
+from vitreg_recipes.build import build, resolved
+from vitreg_recipes.config import TrainConfig, check
+from vitreg_recipes.data import Batch, open_data
+from vitreg_recipes.ema import Ema
 from vitreg_recipes.hooks import Hook, standard_hooks
-from vitreg_recipes.objectives.classify import Classifier, Classify
+from vitreg_recipes.launch import check_launch
+from vitreg_recipes.measure import Evaluation
+from vitreg_recipes.objectives import Objective
+from vitreg_recipes.objectives.accumulate import Accumulate, check_parts
+from vitreg_recipes.objectives.elastic import make_network, make_objective
 from vitreg_recipes.optim import make_optimizer
 from vitreg_recipes.run_folder import close_run, open_run
 from vitreg_recipes.state import TrainState
+from vitreg_recipes.strategy import distribute, refuse_lone_process
+from vitreg_recipes.trackers import check_trackers
 
 
-def train(config: TrainConfig, *, resume: bool = False, hooks: Iterable[Hook] = ()) -> VisionTransformer:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    hooks: Iterable[Hook] = (),
+    evaluations: Mapping[str, Evaluation] | None = None,
+    command: str = "train(config, resume=True)",
+) -> VisionTransformer:
     """Train a model; one process of however many the launcher started.
 
     Args:
@@ -28,20 +42,26 @@ def train(config: TrainConfig, *, resume: bool = False, hooks: Iterable[Hook] = 
         resume: continue the run in `config.out` from its newest checkpoint, to the same weights as if it had not
             stopped.
         hooks: called after every step with the state and the step's metrics, before the step may be saved.
+        evaluations: called with the model every `evaluate_every` steps, in the main process alone, which the others
+            wait for; the numbers that they return are logged under the evaluation's name.
+        command: what continues the run, for the message of a run that was stopped.
 
     Returns:
-        The trained model, in evaluation mode, where it was trained.
+        The trained model, in evaluation mode, where it was trained; split over the processes with strategy=fsdp2.
 
     Raises:
-        InputError: fields that do not fit together, unusable data, a folder that holds another run, or a loss that is
-            not finite.
+        InputError: fields that do not fit together, unusable data, a folder that holds another run, a loss that is not
+            finite, or a full disk.
         SystemExit: SIGTERM or Ctrl-C, after a checkpoint was written (code 0).
     """
     state = set_up(config, start(config))
     open_run(state, resume=resume)
     products: Precision = "fp32" if config.precision == "bf16" else config.precision  # Accelerate sees to bf16
-    with use_precision(products, state.accelerator.device), standard_hooks(state, hooks) as between:
-        for batch in islice(batches(state), config.steps - state.step):
+    with (
+        use_precision(products, state.accelerator.device),
+        standard_hooks(state, hooks, evaluations or {}, command) as between,
+    ):
+        for batch in islice(batches(state), state.steps - state.step):
             metrics = state.objective.step(batch)
             state.objective.clip()
             state.advance()
@@ -59,17 +79,19 @@ def start(config: TrainConfig) -> Accelerator:
         InputError: the config does not fit, or the launcher's processes do not know of each other.
     """
     check(config)
+    check_trackers(config)
     try:
-        accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bf16" else "no")
+        accelerator = Accelerator(
+            mixed_precision="bf16" if config.precision == "bf16" else "no",
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(logging_dir=None if config.out is None else str(config.out)),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.accumulate),
+        )
     except ValueError as error:
         raise InputError(f"precision={config.precision}: {error}; train it in a process of its own") from None
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world:
-        raise InputError(
-            f"WORLD_SIZE={world}, but Accelerate runs {accelerator.num_processes} process(es); without GPUs, start "
-            "with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N"
-        )
-    local_batch(config, world)
+    check_parts(config, check_launch(accelerator.num_processes))
+    if config.strategy == "fsdp2":
+        refuse_lone_process(accelerator)
     return accelerator
 
 
@@ -78,20 +100,22 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> TrainState:
     data = open_data(config)
     set_seed(config.seed)
     model = build(config, data)
+    config = resolved(config, model)
     set_seed(config.seed, device_specific=True)
-    network, optimizer = accelerator.prepare(Classifier(model), make_optimizer(model, config.optim))
-    objective = Classify(network, accelerator, len(data.classes), config.mix, config.loss)
-    return TrainState(config, accelerator, data, model, objective, optimizer)
-
-
-def build(config: TrainConfig, data: Data) -> VisionTransformer:
-    """Build the model, with a head for the classes of the data."""
-    shapes = override(config.model, {"num_classes": len(data.classes)})
-    return VisionTransformer(shapes, data.preprocess, source=str(config.out or "a run without a folder"))
+    network = distribute(make_network(model, config.elastic), model.blocks, accelerator, config.strategy)
+    optimizer = accelerator.prepare(make_optimizer(model, config.optim))
+    objective: Objective = make_objective(network, accelerator, len(data.classes), config)
+    if config.accumulate > 1:
+        objective = Accumulate(objective, network, accelerator, config.accumulate)
+    ema = None if config.ema is None else Ema(model, config.ema)
+    return TrainState(config, accelerator, data, model, objective, optimizer, ema)
 
 
 def batches(state: TrainState) -> Iterator[Batch]:
-    """Batches of this process, from the present step on."""
-    processes = state.accelerator.num_processes
-    share = Share(local_batch(state.config, processes), state.accelerator.process_index, processes)
-    return state.data.batches(state.step, share, state.accelerator.device)
+    """Batches of this process, from the present step on; the state counts the time that they keep it waiting."""
+    source = state.data.batches(state.step, state.share, state.accelerator.device)
+    while True:
+        asked = time.perf_counter()
+        batch = next(source)
+        state.data_seconds += time.perf_counter() - asked
+        yield batch

@@ -35,11 +35,27 @@ def make_optimizer(model: VisionTransformer, config: OptimConfig) -> Optimizer:
     return AdamW(groups, lr=config.lr, eps=EPSILON)
 
 
-def lr_at(step: int, config: OptimConfig, steps: int) -> float:
-    """Learning rate of a step, from 0: linear warm-up, then the cosine, within which the warm-up counts (DeiT-III)."""
-    if step < config.warmup_steps:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * step / config.warmup_steps
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
+def lr_at(step: int, config: OptimConfig, steps: int, epoch_steps: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        step: from 0.
+        config: schedule `steps` follows the curve step by step; `epochs` as DeiT-III's script does: constant within an
+            epoch, and one epoch late, since the script steps its scheduler after each epoch with the number of that
+            epoch. So the epochs 0 and 1 are trained alike.
+        steps: of the whole run.
+        epoch_steps: steps of an epoch; of no effect for schedule `steps`.
+    """
+    if config.schedule == "steps":
+        return warmed_cosine(step, config.warmup_steps, steps, config)
+    return warmed_cosine(max(step // epoch_steps - 1, 0), config.warmup_epochs, math.ceil(steps / epoch_steps), config)
+
+
+def warmed_cosine(time: int, warmup: int, length: int, config: OptimConfig) -> float:
+    """Linear warm-up from `warmup_lr`, then a cosine to `min_lr`, within whose length the warm-up counts (DeiT-III)."""
+    if time < warmup:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * time / warmup
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * time / length)) / 2
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -1,17 +1,16 @@
 """The folder of a run: `run.json` says what runs there; `checkpoints/` and, at the end, the model stand beside it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from vitreg_core.config import validate
 from vitreg_core.errors import InputError
 from vitreg_core.provenance import commit, versions
-from vitreg_core.weights import save_model
 
+from vitreg_recipes.checkpoints import load_newest, remove_leftovers, save_export
 from vitreg_recipes.config import TrainConfig, check_same
-from vitreg_recipes.state import TrainState, load_newest
+from vitreg_recipes.state import TrainState
 
 
 def open_run(state: TrainState, *, resume: bool) -> None:
@@ -55,11 +54,11 @@ def refuse_other_run(state: TrainState, out: Path, *, resume: bool) -> None:
 
 
 def prepare(state: TrainState, out: Path) -> None:
-    """Write `run.json`, and remove what an interrupted save left."""
+    """Write `run.json` and `classes.json`, and remove what a process that was killed left."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for leftover in (out / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover)
+        remove_leftovers(out)
+        write_json(out / "classes.json", state.data.classes)
         write_json(out / "run.json", record(state))
     except OSError as error:
         raise InputError(f"{out}: cannot write the run ({error}); give another --out") from None
@@ -67,8 +66,8 @@ def prepare(state: TrainState, out: Path) -> None:
 
 def close_run(state: TrainState) -> None:
     """Export the trained model, so that the folder of the run is a model folder."""
-    if state.config.out is not None and state.accelerator.is_main_process:
-        save_model(state.model, state.config.out)
+    if state.config.out is not None:
+        save_export(state, state.config.out)
     state.accelerator.wait_for_everyone()
 
 
@@ -77,6 +76,7 @@ def record(state: TrainState) -> dict[str, Any]:
     return {
         "config": state.config.model_dump(mode="json"),
         "seed": state.config.seed,
+        "steps": state.steps,
         "processes": state.accelerator.num_processes,
         "device": state.accelerator.device.type,
         "images": state.data.images,
@@ -99,7 +99,7 @@ def read_record(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any] | list[str]) -> None:
     """Write a file that appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n")

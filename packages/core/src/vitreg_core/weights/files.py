@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -171,7 +172,7 @@ def write_folder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
             Path(temporary, "config").write_text(json.dumps(config, indent=2) + "\n")
             Path(temporary, "config").replace(folder / "config.json")
             Path(temporary, "weights").replace(folder / "model.safetensors")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second on a full disk
         raise InputError(f"{folder}: cannot write the model ({error}); give another folder") from None
 
 

@@ -1,0 +1,76 @@
+"""What training hands its model to, again and again: k-NN and the head on the validation split."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from vitreg_core.data.images import labelled_images
+from vitreg_core.errors import InputError
+from vitreg_core.precision import Precision, use_precision
+from vitreg_core.vit import VisionTransformer
+
+from vitreg_eval.config import KnnOptions
+from vitreg_eval.datasets import ImageSet, labelled_folder, scenes
+from vitreg_eval.extract import check_classes, train_and_test
+from vitreg_eval.tasks import knn
+
+TRAIN_SCENES, TEST_SCENES = 3000, 1000
+"""Drawn scenes that vote and that are judged; no run trains on them."""
+NEIGHBOURS = 20
+
+
+def evaluations(
+    folder: Path | None, label: Literal["label", "relation"], precision: Precision
+) -> dict[str, Callable[[VisionTransformer], dict[str, float]]]:
+    """Top-1 accuracies, 0 to 1, by name: `knn` of the class token, `head` of the classifier.
+
+    Args:
+        folder: holds train/<class>/ and val/<class>/ images; drawn scenes without one.
+        label: what to name of a scene.
+        precision: of the model's arithmetic.
+
+    Raises:
+        InputError: the folder has no train or no val, or other classes in them.
+    """
+    neighbours = NEIGHBOURS
+    if folder is not None:
+        for split in ("train", "val"):
+            if not (folder / split).is_dir():
+                raise InputError(f"evaluations need {folder / split}, which is not there; make it, or do not evaluate")
+        neighbours = min(NEIGHBOURS, len(labelled_images(folder / "train")))
+    options = KnnOptions(
+        data=folder,
+        label=label,
+        k=neighbours,
+        train_images=TRAIN_SCENES,
+        test_images=TEST_SCENES,
+        precision=precision,
+    )
+    if folder is not None:
+        check_classes(options)
+
+    def nearest(model: VisionTransformer) -> dict[str, float]:
+        found = knn.evaluate(*train_and_test(model, options), options)
+        return {name: metric.value for name, metric in found.items()}
+
+    def head(model: VisionTransformer) -> dict[str, float]:
+        images = (
+            scenes(model.preprocess, options.test_images, options.seed, "test")
+            if folder is None
+            else labelled_folder(model.preprocess, folder, "val", options.batch_size)
+        )
+        return {"top1": head_accuracy(model, images, options)}
+
+    return {"knn": nearest, "head": head}
+
+
+@torch.no_grad()
+def head_accuracy(model: VisionTransformer, images: ImageSet, options: KnnOptions) -> float:
+    """Share of the images whose class the head names, 0 to 1."""
+    right: list[bool] = []
+    for batch in images.batches():
+        with use_precision(options.precision, model.device):
+            named = model.classify(batch.images.to(model.device)).argmax(dim=-1)
+        right += (named.cpu() == batch.targets[options.label]).tolist()
+    return sum(right) / len(right)

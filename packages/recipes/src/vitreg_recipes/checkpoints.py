@@ -1,0 +1,179 @@
+"""Checkpoints and other models on the disk: written whole or not at all, and found again."""
+
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from tqdm import tqdm
+from vitreg_core.errors import InputError
+from vitreg_core.vit import VisionTransformer
+from vitreg_core.weights import save_model
+from vitreg_core.weights.files import check_tensors, read_tensors
+
+from vitreg_recipes.state import TrainState
+from vitreg_recipes.strategy import fill
+
+DAMAGE = (InputError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError)
+"""What reading a truncated or overwritten checkpoint can raise."""
+WRITE_FAILURES = (OSError, RuntimeError, SafetensorError, InputError)
+"""What a full disk makes of writing: each library raises its own."""
+
+
+def save_checkpoint(state: TrainState, folder: Path) -> None:
+    """Write `folder/step_<n>`, whole or not at all, and remove all but the last few. Every process must call it.
+
+    A checkpoint is a model folder (`load_model` reads it, and `ema` in it) with `state.pt` beside the weights.
+
+    Raises:
+        InputError: the weights are not finite, or the folder cannot be written.
+    """
+    values, models = state.state_dict(), state.models()
+    refuse_broken(state, models)
+
+    def write(temporary: Path) -> None:
+        write_models(models, temporary)
+        torch.save(values, temporary / "state.pt")
+
+    if state.accelerator.is_main_process:
+        write_whole(folder / step_name(state), write)
+        for old in checkpoints(folder)[state.config.keep_last :]:
+            shutil.rmtree(old)
+    state.accelerator.wait_for_everyone()
+
+
+def save_snapshot(state: TrainState, folder: Path) -> None:
+    """Write `folder/step_<n>`: the model, and the average in `ema`, without what resuming needs. All must call it.
+
+    Raises:
+        InputError: the weights are not finite, or the folder cannot be written.
+    """
+    models = state.models()
+    refuse_broken(state, models)
+    if state.accelerator.is_main_process:
+        write_whole(folder / step_name(state), lambda temporary: write_models(models, temporary))
+
+
+def save_export(state: TrainState, out: Path) -> None:
+    """Write the trained model into the folder of the run, and the average into `ema` there. All must call it.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    models = state.models()
+    if not state.accelerator.is_main_process:
+        return
+    written = out / ".exported.tmp"
+    write_whole(written, lambda temporary: write_models(models, temporary))
+    shutil.rmtree(out / "ema", ignore_errors=True)
+    for path in sorted(written.iterdir()):  # the weights come last: a folder with them is complete
+        path.replace(out / path.name)
+    written.rmdir()
+
+
+def step_name(state: TrainState) -> str:
+    """Name of the folder of the present step."""
+    return f"step_{state.step:06d}"
+
+
+def refuse_broken(state: TrainState, models: Mapping[str, VisionTransformer]) -> None:
+    """Refuse weights that no file should hold; all processes do, where the main one finds some.
+
+    Raises:
+        InputError: names the step, a tensor and what to do.
+    """
+    tensors = (item for model in models.values() for item in model.state_dict().items())
+    broken = next((name for name, value in tensors if not value.isfinite().all()), None)
+    if found := broadcast_object_list([broken])[0]:
+        raise InputError(
+            f"step {state.step}: {found} is not finite, and is not saved; "
+            f"lower optim.lr={state.config.optim.lr} or use precision=fp32"
+        )
+
+
+def write_models(models: Mapping[str, VisionTransformer], folder: Path) -> None:
+    """Write the model into a folder, and the average into `ema` in it."""
+    save_model(models["model"], folder)
+    if "ema" in models:
+        save_model(models["ema"], folder / "ema")
+
+
+def write_whole(final: Path, write: Callable[[Path], None]) -> None:
+    """Write into a temporary folder, force it to the disk, and give it its name.
+
+    Raises:
+        InputError: it cannot be written; nothing of it is left.
+    """
+    temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            force_to_disk(path)
+        if final.exists():  # damaged and passed over when the run resumed, or left by a process that was killed
+            shutil.rmtree(final)
+        temporary.rename(final)
+        force_to_disk(final.parent)
+    except WRITE_FAILURES as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{final}: cannot be written ({reason}); make room, then --resume") from None
+
+
+def force_to_disk(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what processes that were killed left behind in the folder of a run."""
+    for leftover in (*out.glob(".*.tmp"), *out.glob("*/.*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def load_newest(state: TrainState, folder: Path) -> None:
+    """Continue from the newest checkpoint that can be read; without any, from the start.
+
+    Raises:
+        InputError: there are checkpoints, and none can be read.
+    """
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            load_checkpoint(state, path)
+        except DAMAGE as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            tqdm.write(f"{path}: damaged checkpoint ({reason}), using the one before", file=sys.stderr)
+        else:
+            return
+    if found:
+        raise InputError(f"{folder}: none of {len(found)} checkpoints can be read; give another --out to start afresh")
+
+
+def load_checkpoint(state: TrainState, folder: Path) -> None:
+    """Take weights, average and state from a checkpoint."""
+    values = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    for name, targets in state.weights().items():
+        file = folder / ("model.safetensors" if name == "model" else "ema/model.safetensors")
+        tensors = read_tensors(file)
+        check_tensors(targets, tensors, file, {})
+        fill(targets, tensors)
+    state.load_state_dict(values)

@@ -1,0 +1,201 @@
+"""Images inside tar files: one tar per class, or shards of key.jpg with key.cls or key.json.
+
+Where every image lies is found once, by reading all headers, and kept in the cache folder. From then on any image is
+read by its place, so shards are as good as files: order, resuming and sharing out know nothing of them.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+from tqdm import tqdm
+from vitreg_core.data.images import SUFFIXES, decode_image
+from vitreg_core.errors import InputError
+from vitreg_core.weights.download import cache_folder
+
+LABEL_NAMES = ("label", "cls")
+"""Entries of a key.json, and columns of a table, that hold the class."""
+
+
+class Member(NamedTuple):
+    """One image inside a tar."""
+
+    key: str
+    offset: int
+    """First byte."""
+    size: int
+    """Bytes."""
+    label: str
+    """Name or number of its class."""
+
+
+class Index(NamedTuple):
+    """Where all images lie."""
+
+    shards: Int[np.ndarray, " n"]
+    """Which tar holds each image."""
+    offsets: Int[np.ndarray, " n"]
+    """First byte of each image."""
+    sizes: Int[np.ndarray, " n"]
+    """Bytes of each image."""
+    labels: Int[np.ndarray, " n"]
+    """Class of each image."""
+    classes: np.ndarray
+    """Names of the classes."""
+
+
+class TarPhotos:
+    """Images inside tar files.
+
+    Args:
+        where: what was asked for, for messages.
+        shards: the tar files, in order.
+        labelled: whether each image has its label beside it; else each tar is a class.
+
+    Raises:
+        InputError: a tar is damaged, holds no image, or its images have no label.
+    """
+
+    def __init__(self, where: str, shards: list[Path], *, labelled: bool) -> None:
+        index = cached_index(shards, labelled=labelled)
+        self.where = where
+        self.shards = shards
+        self.index = index
+        self.labels = index.labels
+        self.classes: list[str] = index.classes.tolist()
+
+    def name(self, index: int) -> str:
+        """Tar and member; looked up in the tar, as only damaged ones are asked for."""
+        shard = self.shards[self.index.shards[index]]
+        with tarfile.open(shard, "r:") as archive:
+            names = (member.name for member in archive if member.offset_data == self.index.offsets[index])
+            return f"{shard}/{next(names, f'byte {self.index.offsets[index]}')}"
+
+    def read(self, index: int) -> Image.Image:
+        """Read an image by its place in its tar.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        shard = self.shards[self.index.shards[index]]
+        try:
+            with shard.open("rb") as file:
+                file.seek(self.index.offsets[index])
+                data = file.read(self.index.sizes[index])
+        except OSError as error:
+            raise InputError(f"{shard}: cannot be read ({error})") from None
+        return decode_image(data, str(shard))
+
+
+def cached_index(shards: list[Path], *, labelled: bool) -> Index:
+    """The index of some tars: from the cache if none has changed since, else made and kept there."""
+    known = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+    name = hashlib.sha256(json.dumps([known, labelled]).encode()).hexdigest()[:32]
+    file = cache_folder() / "shards" / f"{name}.npz"
+    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
+        return Index(*(kept[field] for field in Index._fields))
+    index = make_index(shards, labelled=labelled)
+    with suppress(OSError):  # a cache that cannot be written costs time alone
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{name}.{os.getpid()}.npz")
+        np.savez(temporary, **index._asdict())
+        temporary.replace(file)
+    return index
+
+
+def make_index(shards: list[Path], *, labelled: bool) -> Index:
+    """Read the headers of all tars."""
+    parts: list[np.ndarray] = []
+    codes: dict[str, int] = {}
+    for number, shard in enumerate(tqdm(shards, "reading the headers of the tars", unit="tar", disable=None)):
+        images = labelled_images(shard) if labelled else class_images(shard)
+        if not images:
+            raise InputError(f"{shard}: 0 images found; it must hold files such as {', '.join(sorted(SUFFIXES))}")
+        rows = [(number, image.offset, image.size, codes.setdefault(image.label, len(codes))) for image in images]
+        parts.append(np.array(rows).T)
+    shard_of, offsets, sizes, labels = np.concatenate(parts, axis=1)
+    classes, places = number_classes(list(codes))
+    return Index(shard_of.astype(np.int32), offsets, sizes.astype(np.int32), places[labels], np.array(classes))
+
+
+def number_classes(names: list[str]) -> tuple[list[str], Int[np.ndarray, " names"]]:
+    """Names of the classes, and the class of each different label: numbers stay, names are sorted."""
+    if all(name.isdecimal() for name in names):
+        numbers = np.array([int(name) for name in names])
+        return [str(number) for number in range(numbers.max() + 1)], numbers
+    classes, places = np.unique(names, return_inverse=True)
+    return classes.tolist(), places
+
+
+def class_images(shard: Path) -> list[Member]:
+    """Images of a tar that is a class, sorted by name."""
+    images = []
+    for member, _ in members(shard):
+        suffix = Path(member.name).suffix.lower()
+        if suffix == ".cls":
+            raise InputError(
+                f"{shard}: holds labels ({member.name}), so it is a shard, not a class; "
+                f"give the shards as a pattern: '{shard.parent}/*.tar'"
+            )
+        if suffix in SUFFIXES:
+            images.append(Member(member.name, member.offset_data, member.size, shard.stem))
+    return sorted(images)
+
+
+def labelled_images(shard: Path) -> list[Member]:
+    """Images of a shard with the labels beside them, in its order (webdataset: the key ends at the first dot)."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, str] = {}
+    for member, text in members(shard):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, suffix = file.partition(".")
+        key, suffix = folder + slash + stem, f".{suffix.lower()}"
+        if suffix in SUFFIXES:
+            images.setdefault(key, member)
+        label = read_label(suffix, text)
+        if label:
+            labels[key] = label
+    unlabelled = [key for key in images if key not in labels]
+    if unlabelled:
+        raise InputError(
+            f"{shard}: {len(unlabelled)} of {len(images)} images have no label, such as {unlabelled[0]}; put a .cls or "
+            ".json beside each, or give the folder alone if each of its tars is a class"
+        )
+    return [Member(key, member.offset_data, member.size, labels[key]) for key, member in images.items()]
+
+
+def members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Files in a tar, with the text of those that may hold a label."""
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                if member.isfile() and not Path(member.name).name.startswith("."):
+                    text = archive.extractfile(member) if member.name.lower().endswith((".cls", ".json")) else None
+                    yield member, text.read().decode(errors="replace").strip() if text else ""
+            with shard.open("rb") as file:  # tarfile takes a broken header for the end
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise InputError(f"{shard}: not a whole, uncompressed tar ({error}); fetch or make it again") from None
+
+
+def read_label(suffix: str, text: str) -> str:
+    """The label in a key.cls or key.json; empty where there is none."""
+    if suffix != ".json":
+        return text if suffix == ".cls" else ""
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return ""
+    found = [str(values[name]) for name in LABEL_NAMES if isinstance(values, dict) and name in values]
+    return found[0] if found else ""
