@@ -28,8 +28,9 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from vitreg_core import VisionTransformer, load_model, model_cost, save_model
 from vitreg_core import attention as kernels
-from vitreg_core import load_model, model_cost, save_model
+from vitreg_core.config import override
 from vitreg_core.precision import use_precision
 
 CASES = {  # image size, batch
@@ -57,7 +58,7 @@ def build(case: str, size: int) -> dict[str, Any]:
         nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else nn.init.normal_(parameter, mean=0.5, std=0.1)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(Path(folder, "transformers"))
-        ours = load_model(Path(folder, "transformers"))
+        ours = load_model(Path(folder, "transformers"), position_antialias=True)  # timm's way, the same at this size
         save_model(ours, Path(folder, "timm"), layout="timm")
         other = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
     return {"ours": ours, "timm": other, "transformers": theirs}
@@ -94,6 +95,9 @@ def passes(models: dict[str, Any], images: Tensor, mode: str) -> dict[str, Pass]
     for name, model in models.items():
         peer_mode = "fp32" if mode == "fp32-fast" and name != "ours" else mode
         timed[f"{name} eager"] = within(peer_mode, device, partial(forward, name, model, images))
+    if models["ours"].num_registers:
+        without = VisionTransformer(override(models["ours"].config, {"registers": 0})).eval().to(images)
+        timed["ours eager, 0 registers"] = within(mode, device, partial(forward, "ours", without, images))
     for name in ("ours", "timm"):
         compiled = torch.compile(models[name].forward_features)
         timed[f"{name} compiled"] = within(mode, device, partial(compiled, images))

@@ -53,7 +53,7 @@ GRIDS = [(1, 1), (2, 3), (7, 7), (16, 16), (16, 40), (37, 37), (50, 23), (14, 9)
 
 @pytest.mark.parametrize("offset", [0.0, 0.1])
 @pytest.mark.parametrize("antialias", [True, False])
-@pytest.mark.parametrize("native", [(16, 16), (37, 37), (14, 9), (3, 3)])
+@pytest.mark.parametrize("native", [(16, 16), (37, 37), (14, 9), (3, 3), (1, 4), (2, 1)])
 def test_the_resize_by_products_equals_torch(native: tuple[int, int], *, antialias: bool, offset: float) -> None:
     table = 0.1 * torch.randn(native[0] * native[1], 4)
     image = table.view(1, *native, 4).permute(0, 3, 1, 2)

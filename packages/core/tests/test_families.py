@@ -330,11 +330,12 @@ PROCESSORS = {
         "Dinov2",
     ),
     "CLIP": (hf.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), "CLIP"),
+    "not normalised": (hf.ViTImageProcessorPil(size={"height": 56, "width": 56}, do_normalize=False), "ViT"),
 }
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-@pytest.mark.parametrize("size", [(90, 61), (75, 120), (56, 56)])
+@pytest.mark.parametrize("size", [(90, 61), (75, 120), (56, 56), (101, 72)])
 def test_images_are_prepared_as_the_processor_beside_the_weights_does(
     tmp_path: Path, name: str, size: tuple[int, int]
 ) -> None:
@@ -346,11 +347,77 @@ def test_images_are_prepared_as_the_processor_beside_the_weights_does(
     torch.testing.assert_close(load_model(path).preprocess(image), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("entry", [{"size": {"longest_edge": 3}}, {"resample": 1}])
+@pytest.mark.parametrize("kind", ["CLIP", "Bit", "ViT"])
+def test_a_mere_number_is_the_side_that_the_processor_of_that_kind_means(tmp_path: Path, kind: str) -> None:
+    path = FAMILIES["transformers 4 CLIP"](tmp_path).path
+    theirs = {"feature_extractor_type": f"{kind}FeatureExtractor", "size": 56, "do_center_crop": kind != "ViT"}
+    (path / "preprocessor_config.json").write_text(json.dumps(theirs | {"crop_size": 56}))
+    processor = getattr(hf, f"{kind}ImageProcessorPil").from_pretrained(path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 97, 3), dtype=np.uint8))
+    expected = torch.as_tensor(processor(image, return_tensors="pt")["pixel_values"][0])
+    found = load_model(path).preprocess
+    assert found.config.resize == ("squash" if kind == "ViT" else "shorter")
+    assert found(image).shape == expected.shape
+
+
+def test_clip_without_a_processor_gets_the_pixels_of_clip(tmp_path: Path) -> None:
+    config = load_model(FAMILIES["transformers 4 CLIP"](tmp_path).path).preprocess.config
+    processor = hf.CLIPImageProcessorPil()
+    assert (config.mean, config.std) == (tuple(processor.image_mean), tuple(processor.image_std))
+
+
+def test_look_alikes_of_deit3_in_timm_are_refused(tmp_path: Path) -> None:
+    theirs = timm.create_model("vit_small_patch16_rope_ape_224", depth=1)
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match="has other blocks than a plain ViT, and cannot be read"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"act_layer": "relu"}, "activation='relu'"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"norm_layer": "rmsnorm"}, "model_args norm_layer='rmsnorm' cannot be followed"),
+    ],
+)
+def test_arguments_of_timm_that_cannot_be_followed_are_named(tmp_path: Path, arguments: dict, advice: str) -> None:
+    path = FAMILIES["timm augreg"](tmp_path).path
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    with pytest.raises(InputError, match=advice):
+        load_model(path)
+
+
+def test_the_activation_among_the_arguments_of_timm_is_followed(tmp_path: Path) -> None:
+    path = FAMILIES["timm augreg"](tmp_path).path
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_args": {"act_layer": "quick_gelu"}}))
+    assert load_model(path).config.activation == "quick_gelu"
+
+
+def test_no_registers_of_transformers_are_none(tmp_path: Path) -> None:
+    shape = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "num_register_tokens": 0}
+    theirs = hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 64, 64)
+    found = load_model(tmp_path)
+    assert found.num_registers == 0
+    torch.testing.assert_close(found(images).tokens, theirs(images).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_weights_of_a_compiled_model_are_read(tmp_path: Path) -> None:
+    path = edited("deit3", lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)])(tmp_path)
+    assert load_model(path).depth == 2
+
+
+@pytest.mark.parametrize(
+    "entry", [{"size": {"longest_edge": 3}}, {"resample": 1}, {"do_rescale": False}, {"rescale_factor": 1.0}]
+)
 def test_processors_that_cannot_be_followed_are_named(tmp_path: Path, entry: dict) -> None:
     path = FAMILIES["transformers 4 ViT"](tmp_path).path
     (path / "preprocessor_config.json").write_text(json.dumps(entry))
-    with pytest.raises(InputError, match=r"preprocessor_config.json: (size|resample)=.*mend it"):
+    with pytest.raises(InputError, match=r"preprocessor_config.json: \w+=.*mend it"):
         load_model(path)
 
 

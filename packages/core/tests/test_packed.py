@@ -68,11 +68,19 @@ def test_the_mask_token_stands_in_for_the_embedding_but_not_for_the_position() -
     torch.testing.assert_close(first, network.mask_token + network.positions.patches[5])
 
 
+def test_an_empty_batch_is_packed_in_training_too() -> None:
+    network = model("learned", drop_path=0.5, stochastic_depth="subset").train()
+    large, none = network.packed([crops()[0], crops()[0][:0]])
+    assert (len(large.patches), len(none.patches)) == (2, 0)
+
+
 def test_what_cannot_be_packed_or_masked_is_refused() -> None:
     with pytest.raises(InputError, match="0 batches and 0 masks; give one batch or more, and a mask for each"):
         model("learned").packed([])
     with pytest.raises(InputError, match="without a mask token; build it with mask_token=True"):
         model("learned").packed(crops()[:1], masks=[torch.zeros(2, 16, dtype=torch.bool)])
+    with pytest.raises(InputError, match=r"masks of shape \(2, 1\) for patches \(2, 16\); give one each"):
+        model("learned", mask_token=True)(crops()[0], torch.zeros(2, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize(("images", "tokens"), [(3, 17), (40, 261), (1, 1500)])

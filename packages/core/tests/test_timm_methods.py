@@ -133,3 +133,17 @@ def test_layers_sort_into_as_many_groups_as_timms(models: tuple) -> None:
 def test_more_blocks_than_there_are_is_refused(models: tuple) -> None:
     with pytest.raises(InputError, match="the last 4 blocks of 3; give 1 to 3"):
         models[0].get_intermediate_layers(images(), 4)
+
+
+def test_what_cannot_be_done_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    ours, _ = pair(tmp_path, **MEAN)
+    before = ours.config
+    for change, advice in (
+        (lambda: ours.set_input_size(4), "smaller than patch_size=8"),
+        (lambda: ours.reset_classifier(3, "token"), 'without a class token the head reads the patches; set pool="avg"'),
+        (lambda: ours.reset_classifier(3, "max"), "global_pool='max' is not one of"),
+    ):
+        with pytest.raises(InputError, match=advice):
+            change()
+        assert ours.config == before
+    assert ours.positions.native == (4, 4)

@@ -311,3 +311,38 @@ def test_loading_leaves_random_numbers_alone(saved: Path) -> None:
     torch.manual_seed(3)
     load_model(saved)
     assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("form", ["meta", "sparse", "too large"])
+def test_tensors_without_dense_finite_values_are_refused(tmp_path: Path, form: str) -> None:
+    made = {
+        "meta": lambda: torch.empty(24, device="meta"),
+        "sparse": lambda: torch.ones(24).to_sparse(),
+        "too large": lambda: torch.full((24,), 1e300, dtype=torch.float64),
+    }
+    save_model(VisionTransformer(CONFIG, PREPROCESS), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors") | {"norm.weight": made[form]()}
+    torch.save(tensors, tmp_path / "weights.pth")
+    with pytest.raises(InputError, match=r"named dense tensors|norm.weight holds values that are not finite"):
+        load_model(tmp_path / "weights.pth")
+
+
+def test_safetensors_under_another_name_are_read(saved: Path) -> None:
+    (saved / "model.safetensors").rename(saved / "weights.pth")
+    assert load_model(saved / "weights.pth").config == CONFIG
+
+
+def test_new_registers_need_a_number_and_a_known_way(saved: Path) -> None:
+    with pytest.raises(InputError, match=r'new_registers="init" without a number; .* has 2; give registers=n as well'):
+        load_model(saved, new_registers="init")
+    with pytest.raises(InputError, match=r'new_registers=.copy.: only "init" is known'):
+        load_model(saved, registers=4, new_registers="copy")
+
+
+def test_a_layout_does_not_hide_behind_another(tmp_path: Path) -> None:
+    model = VisionTransformer(CONFIG.model_copy(update={"num_classes": 0, "class_position": True}), PREPROCESS)
+    save_model(model, tmp_path / "dinov2", layout="dinov2")
+    assert load_model(tmp_path / "dinov2", num_heads=3).config.registers == 2
+    save_model(model, tmp_path / "ours")
+    with pytest.raises(InputError, match="holds a model in another layout, which would be read in its place"):
+        save_model(model, tmp_path / "ours", layout="dinov2")

@@ -109,12 +109,20 @@ def rotate(tokens: Float[Tensor, "b h n k"], rotation: Rotation | None) -> Float
 def attend(parts: QKV) -> Float[Tensor, "b h n k"]:
     """Softmax attention of one batch, by the fastest kernel at hand: the one place that chooses."""
     queries = parts.queries
-    if queries.is_cuda and not torch.compiler.is_compiling() and (kernels := xformers()) is not None:
+    if fits_xformers(parts) and (kernels := xformers()) is not None:
         swapped = (part.transpose(1, 2) for part in (queries, parts.keys, parts.values))
         return kernels.memory_efficient_attention(*swapped).transpose(1, 2)
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and affords_scores(parts):
         return attend_by_products(parts)
     return F.scaled_dot_product_attention(queries, parts.keys, parts.values)
+
+
+def fits_xformers(parts: QKV) -> bool:
+    """Whether xFormers has a kernel: on CUDA, outside compiled code, for one number type of at most 32 bits."""
+    kinds = {part.dtype for part in (parts.queries, parts.keys, parts.values)}
+    return (
+        parts.queries.is_cuda and not torch.compiler.is_compiling() and len(kinds) == 1 and torch.float64 not in kinds
+    )
 
 
 def affords_scores(parts: QKV) -> bool:
@@ -151,8 +159,7 @@ def written_out(
 
 def attend_packed(parts: Sequence[QKV]) -> Float[Tensor, "1 n d"]:
     """Attention of several batches, as one sequence: one masked call under xFormers, one call per batch elsewhere."""
-    queries = parts[0].queries
-    if queries.is_cuda and not torch.compiler.is_compiling() and (kernels := xformers()) is not None:
+    if fits_xformers(parts[0]) and (kernels := xformers()) is not None:
         lengths = tuple(part.queries.shape[2] for part in parts for _ in range(len(part.queries)))
         packed = (
             torch.cat([rearrange(getattr(part, name), "b h n k -> 1 (b n) h k") for part in parts], dim=1)

@@ -67,11 +67,11 @@ class DropPath(nn.Module):
         sequence = tokens if groups else tokens.flatten(0, 1)[None]
         wanted, factors, chosen, start = [], [], [], 0
         for group in groups or (Group(*tokens.shape[:2]),):
-            kept = max(int(group.images * (1.0 - self.probability)), 1)
+            kept = min(max(int(group.images * (1.0 - self.probability)), 1), group.images)
             images = torch.randperm(group.images, device=tokens.device)[:kept]
             rows = images[:, None] * group.tokens + torch.arange(group.tokens, device=tokens.device)
             wanted.append(start + rows.flatten())
-            factors.append(tokens.new_full((kept * group.tokens,), group.images / kept))
+            factors.append(tokens.new_full((kept * group.tokens,), group.images / max(kept, 1)))
             chosen.append(group._replace(images=kept))
             start += group.length
         rows = torch.cat(wanted)

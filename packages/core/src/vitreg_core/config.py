@@ -114,6 +114,26 @@ class ViTConfig(Config):
         return (*(("cls",) if self.class_token else ()), *("register" for _ in range(self.registers)))
 
 
+def check_shapes(config: ViTConfig) -> None:
+    """Refuse shapes that cannot be built.
+
+    Raises:
+        InputError: names the fields, and what to do.
+    """
+    if config.embed_dim % config.num_heads:
+        raise InputError(f"num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; change one")
+    if min(config.size) < config.patch_size:
+        raise InputError(
+            f"image_size={config.image_size} is smaller than patch_size={config.patch_size}; give a larger image_size"
+        )
+    if config.position == "rope" and config.head_dim % 4:
+        raise InputError(f"rotary positions need heads of a multiple of 4 channels, not {config.head_dim}")
+    if not config.class_token and config.pool == "cls":
+        raise InputError('without a class token the head reads the patches; set pool="avg"')
+    if config.class_position and (config.position == "rope" or not config.class_token):
+        raise InputError("class_position=True needs a class token and learned positions; set class_position=False")
+
+
 class PreprocessConfig(Config):
     """How a checkpoint expects its images: resize, crop the centre, normalise."""
 
@@ -121,6 +141,8 @@ class PreprocessConfig(Config):
     """Side of the crop in pixels."""
     crop_ratio: float = Field(default=1.0, gt=0.0, le=1.0)
     """Side of the crop over the shorter side after the resize."""
+    crop_corner: Literal["round", "floor"] = "round"
+    """Where the crop starts when half a pixel is left: at the even one (timm), or before (transformers)."""
     resize: Literal["shorter", "squash"] = "shorter"
     """Resize the shorter side and keep the aspect, or make both sides alike."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"

@@ -106,8 +106,8 @@ def cubic_weights(old: int, new: int, scale: Float[Tensor, ""], *, antialias: bo
     far = sharpness * (((distance - 5) * distance + 8) * distance - 4)
     weights = torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
     if beyond:
-        first, inner, last = weights.split([beyond + 1, old - 2, beyond + 1], dim=1)
-        weights = torch.cat([first.sum(1, keepdim=True), inner, last.sum(1, keepdim=True)], dim=1)
+        nearest = torch.arange(-beyond, old + beyond, device=scale.device).clamp(0, old - 1)
+        weights = weights.new_zeros(new, old).index_add(1, nearest, weights)
     return weights / weights.sum(dim=1, keepdim=True)
 
 

@@ -33,6 +33,10 @@ default_cfgs = {
 """What timm knows of each model (the name is the one it looks for); there are no weights behind them."""
 
 
+TIMM_FIELDS = {"reg_tokens": "registers", "init_values": "layer_scale"}
+"""Timm's names of fields of `ViTConfig`; `dynamic_img_size` needs no field, as every size is taken."""
+
+
 class TimmVisionTransformer(VisionTransformer):
     """Our model as timm's users call it: the forward pass gives logits, or what the head would read without one."""
 
@@ -56,11 +60,7 @@ class TimmVisionTransformer(VisionTransformer):
         read = self.fc_norm(self.pooled(tokens))
         return read if pre_logits or self.head is None else self.head(read)
 
-    def get_classifier(self) -> nn.Module:  # type: ignore[override]
-        """The head; the identity without one."""
-        return nn.Identity() if self.head is None else self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Pool | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `global_pool` changes what it reads."""
         self.global_pool = self.global_pool if global_pool is None else checked_pool(global_pool)
         super().reset_classifier(num_classes, "avg" if self.global_pool == "avg" else "token")
@@ -92,6 +92,7 @@ def build(
     Raises:
         InputError: an unknown field (with the nearest), dropout, which the models do not have, or not 3 channels.
     """
+    renamed = {TIMM_FIELDS.get(name, name): value for name, value in fields.items() if name != "dynamic_img_size"}
     if drop_rate or in_chans != 3:
         raise InputError(f"drop_rate={drop_rate}, in_chans={in_chans}: vitreg models have no dropout and 3 channels")
     pool = checked_pool(global_pool)
@@ -103,7 +104,7 @@ def build(
         "drop_path": drop_path_rate,
         "drop_path_schedule": "linear",
     }
-    model = TimmVisionTransformer(override(preset_config(preset), {**settings, **fields}), source=f"vitreg_{preset}")
+    model = TimmVisionTransformer(override(preset_config(preset), {**settings, **renamed}), source=f"vitreg_{preset}")
     model.global_pool = pool
     return model
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg_core.config import ViTConfig, override
+from vitreg_core.config import ViTConfig, check_shapes, override
 from vitreg_core.embed import Positions, resize_positions
 from vitreg_core.errors import InputError
 from vitreg_core.features import Features
@@ -117,10 +117,9 @@ class TimmMethods(nn.Module):
         self,
         images: Float[Tensor, "b 3 height width"],
         n: int | Sequence[int] = 1,
-        *,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
+        reshape: bool = False,  # noqa: FBT001, FBT002 (timm's signature)
+        return_prefix_tokens: bool = False,  # noqa: FBT001, FBT002
+        norm: bool = False,  # noqa: FBT001, FBT002
     ) -> list[Intermediate]:
         """Patches after the last n, or the named, blocks; `reshape` gives maps `b d rows cols`."""
         return [
@@ -146,14 +145,19 @@ class TimmMethods(nn.Module):
             return range(self.config.depth - indices, self.config.depth)
         return sorted({self.layer_index(layer) for layer in indices})
 
-    def get_classifier(self) -> nn.Linear | None:
-        """The head."""
-        return self.head
+    def get_classifier(self) -> nn.Module:
+        """The head; the identity without one."""
+        return nn.Identity() if self.head is None else self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Literal["token", "avg"] | None = None) -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a new one; `global_pool` changes what it reads."""
-        pool = {"token": "cls", "avg": "avg", None: self.config.pool}[global_pool]
-        self.config = override(self.config, {"num_classes": num_classes, "pool": pool, "head_bias": True})
+        pools = {"token": "cls", "avg": "avg", None: self.config.pool}
+        if global_pool not in pools:
+            raise InputError(f'global_pool={global_pool!r} is not one of "token", "avg"; give one of these')
+        changes = {"num_classes": num_classes, "pool": pools[global_pool], "head_bias": True}
+        config = override(self.config, changes)
+        check_shapes(config)
+        self.config = config
         self.head = nn.Linear(self.config.embed_dim, num_classes) if num_classes else None
         if self.head is not None:
             self.head.to(next(self.parameters()))
@@ -163,11 +167,13 @@ class TimmMethods(nn.Module):
     @torch.no_grad()
     def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Resize the stored positions to the grid of another image size, once and for all."""
-        self.config = override(self.config, {"image_size": img_size})
+        config = override(self.config, {"image_size": img_size})
+        check_shapes(config)
         if self.positions is not None:
-            grid, old = self.config.grid, self.positions
+            grid, old = config.grid, self.positions
             resized = resize_positions(old.patches, old.native, grid, antialias=old.antialias, offset=old.offset)
             old.patches, old.native = nn.Parameter(resized.clone()), grid
+        self.config = config
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:  # noqa: FBT001, FBT002 (timm's signature)
         """Trade time for memory in training: compute the inner values of each block again in the backward pass."""

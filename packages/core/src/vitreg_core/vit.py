@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitreg_core.attention import Group, Rotation, pack, unpack
 from vitreg_core.block import Block, drop_path_rates
-from vitreg_core.config import PreprocessConfig, ViTConfig, override
+from vitreg_core.config import PreprocessConfig, ViTConfig, check_shapes, override
 from vitreg_core.data.images import Preprocess
 from vitreg_core.embed import PatchEmbed, Positions, RotaryPositions
 from vitreg_core.errors import InputError
@@ -33,7 +33,7 @@ class VisionTransformer(TimmMethods, HubMethods):
 
     def __init__(self, config: ViTConfig, preprocess: PreprocessConfig | None = None, *, source: str = "") -> None:
         super().__init__()
-        check(config)
+        check_shapes(config)
         self.config = config
         self.preprocess = Preprocess(preprocess or PreprocessConfig(image_size=max(config.size)))
         self.source = source
@@ -236,6 +236,8 @@ class VisionTransformer(TimmMethods, HubMethods):
         if masks is not None:
             if self.mask_token is None:
                 raise InputError("masks given to a model without a mask token; build it with mask_token=True")
+            if masks.shape != patches.shape[:2]:
+                raise InputError(f"masks of shape {(*masks.shape,)} for patches {(*patches.shape[:2],)}; give one each")
             patches = torch.where(masks[:, :, None], self.mask_token.to(patches.dtype), patches)
         cls: Tensor | None = self.cls
         if self.positions is not None:
@@ -286,19 +288,3 @@ class VisionTransformer(TimmMethods, HubMethods):
     def layer_index(self, layer: int) -> int:
         """Block number from 0."""
         return block_index(layer, self.depth)
-
-
-def check(config: ViTConfig) -> None:
-    """Refuse shapes that cannot be built."""
-    if config.embed_dim % config.num_heads:
-        raise InputError(f"num_heads={config.num_heads} does not divide embed_dim={config.embed_dim}; change one")
-    if min(config.size) < config.patch_size:
-        raise InputError(
-            f"image_size={config.image_size} is smaller than patch_size={config.patch_size}; give a larger image_size"
-        )
-    if config.position == "rope" and config.head_dim % 4:
-        raise InputError(f"rotary positions need heads of a multiple of 4 channels, not {config.head_dim}")
-    if not config.class_token and config.pool == "cls":
-        raise InputError('without a class token the head reads the patches; set pool="avg"')
-    if config.class_position and (config.position == "rope" or not config.class_token):
-        raise InputError("class_position=True needs a class token and learned positions; set class_position=False")

@@ -1,6 +1,7 @@
 """Image files and folders, labelled or not, and the preprocessing that a checkpoint expects."""
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ class Preprocess:
             resized = image.convert("RGB").resize((shorter, shorter), resample)
         else:
             resized = resize_shorter(cut_ends(image.convert("RGB")), shorter, resample)
-        left, top = round((resized.width - size) / 2), round((resized.height - size) / 2)
+        corner = round if self.config.crop_corner == "round" else math.floor
+        left, top = corner((resized.width - size) / 2), corner((resized.height - size) / 2)
         return self.normalize(to_tensor(resized.crop((left, top, left + size, top + size))))
 
     def normalize(self, pixels: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:

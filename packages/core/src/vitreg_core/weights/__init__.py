@@ -1,5 +1,6 @@
 """Load and save models: find the family of a checkpoint, map its names, check every tensor."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ def load_model(
     source: str | Path,
     *,
     registers: int | None = None,
-    new_registers: Literal["init"] | None = None,
+    new_registers: str | None = None,
     **overrides: object,
 ) -> VisionTransformer:
     """Load a model, or build a preset with random weights.
@@ -40,7 +41,7 @@ def load_model(
         InputError: nothing there, an unknown family, or a tensor that is missing, unexpected, misshapen or not finite.
             A model is never loaded in part.
     """
-    if not Path(source).exists() and str(source).startswith("vit_"):
+    if not Path(source).exists() and re.fullmatch(r"vit_[a-z]+\d+(_reg\w*)?", str(source)):
         counted = overrides if registers is None else {**overrides, "registers": registers}
         model = create_model(str(source), **counted).eval()
         model.source = f"{source} (random weights)"

@@ -140,7 +140,9 @@ class Parts:
         """
         if name in self.tensors:
             found = shape(self.tensors[name])
-            if len(found) < dims or any(side != 1 for side in found[: len(found) - dims]) or 0 in found:
+            if len(found) < dims or any(side != 1 for side in found[: len(found) - dims]):
+                raise self.misshapen(name)
+            if 0 in found and name != "registers.tokens":
                 raise self.misshapen(name)
             self.tensors[name] = self.tensors[name].reshape(found[len(found) - dims :])
 
@@ -215,7 +217,8 @@ def describe(checkpoint: Checkpoint, parts: Parts, facts: Mapping[str, object]) 
         **facts,
         **checkpoint.given,
     }
-    values["num_heads"] = values.get("num_heads") or usual_heads(checkpoint, embed_dim)
+    if values.get("num_heads") is None:
+        values["num_heads"] = usual_heads(checkpoint, embed_dim)
     if "registers.tokens" not in parts:
         parts.tensors["registers.tokens"] = torch.empty(0, embed_dim)
     return validate(ViTConfig, values, str(checkpoint.file))
@@ -246,7 +249,7 @@ def usual_heads(checkpoint: Checkpoint, embed_dim: int) -> int:
             f"{checkpoint.file}: the heads of a ViT of width {embed_dim} are not known; give num_heads=N, or write "
             '"model_args": {"num_heads": N} into the config.json beside it'
         )
-    return stated or HEADS[embed_dim]
+    return HEADS[embed_dim] if stated is None else stated
 
 
 def place(parts: Parts, prefixes: Sequence[int], size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -308,3 +311,5 @@ def square(size: tuple[int, int]) -> int | tuple[int, int]:
 
 STANDARD = PreprocessConfig(image_size=224, crop_ratio=0.875)
 """Evaluation of DINO, DINOv2, DINOv3 and MAE: bicubic resize of the shorter side to 256, centre crop of 224."""
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""How OpenAI's CLIP, and open_clip after it, normalise pixels."""

@@ -20,8 +20,9 @@ NAMES = Names(
 
 
 def matches(checkpoint: Checkpoint) -> bool:
-    """Whether LayerScale has DeiT-III's name, and positions are learned."""
-    return {"blocks.0.gamma_1", "blocks.0.attn.qkv.bias", "pos_embed"} <= checkpoint.tensors.keys()
+    """Whether LayerScale has DeiT-III's name and positions are learned; timm's files, which say so, are its own."""
+    own = "architecture" not in checkpoint.config
+    return own and {"blocks.0.gamma_1", "blocks.0.attn.qkv.bias", "pos_embed"} <= checkpoint.tensors.keys()
 
 
 def read(checkpoint: Checkpoint) -> Weights:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import torch
 
@@ -37,7 +36,7 @@ def read_model(
     path: Path,
     *,
     registers: int | None = None,
-    new_registers: Literal["init"] | None = None,
+    new_registers: str | None = None,
     given: Mapping[str, object] | None = None,
 ) -> VisionTransformer:
     """Read a model from a weights file, or from a folder with one.
@@ -127,8 +126,9 @@ def describe(file: Path, given: Mapping[str, object]) -> Weights:
 
 def backbone(tensors: Tensors) -> Tensors:
     """Tensors without the wrappers of distributed training, and of DINO's and DINOv2's networks the backbone."""
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    for wrapper in ("_orig_mod.", "module.", "_orig_mod."):  # a compiled model, a distributed one, or both
+        if tensors and all(name.startswith(wrapper) for name in tensors):
+            tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
     if not any(name.startswith("backbone.") for name in tensors):
         return tensors
     return {
@@ -138,13 +138,17 @@ def backbone(tensors: Tensors) -> Tensors:
     }
 
 
-def with_registers(weights: Weights, file: Path, registers: int | None, new: Literal["init"] | None) -> Weights:
+def with_registers(weights: Weights, file: Path, registers: int | None, new: str | None) -> Weights:
     """Add the registers asked for.
 
     Raises:
         InputError: there are more than asked for, or fewer and nobody said that new ones shall start at random.
     """
     there = weights.config.registers
+    if new not in (None, "init"):
+        raise InputError(f'new_registers={new!r}: only "init" is known, which starts them at random')
+    if registers is None and new is not None:
+        raise InputError(f'new_registers="init" without a number; {file} has {there}; give registers=n as well')
     if registers is None or registers == there:
         return weights
     if registers < there:
@@ -164,7 +168,7 @@ def with_registers(weights: Weights, file: Path, registers: int | None, new: Lit
         "them: all features change and accuracy drops, by much in models that timm's maintainer tried; train the "
         "model before use",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
     tokens = torch.cat([weights.tensors["registers.tokens"].float(), added])
     return replace(weights, config=config, tensors={**weights.tensors, "registers.tokens": tokens})

@@ -18,7 +18,13 @@ from vitreg_core.errors import InputError
 
 Tensors = dict[str, Tensor]
 
-NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+NAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.pth",
+)
 """Names of weights in a folder, best first; any of them may be an index of several files."""
 WRAPPERS = ("teacher", "model", "state_dict")
 """Keys under which training checkpoints keep the weights, best first."""
@@ -70,7 +76,7 @@ def read_tensors(path: Path) -> Tensors:
     if path.name.endswith(".index.json"):
         return read_shards(path)
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+        content = load_file(path) if is_safetensors(path) else read_pickle(path)
     except Exception as error:  # a damaged file makes the readers fail in ways that nobody lists
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a readable weights file ({reason}); fetch or write it again") from None
@@ -79,10 +85,19 @@ def read_tensors(path: Path) -> Tensors:
             content = content[wrapper]
             break
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+        isinstance(name, str) and isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        for name, value in content.items()
     ):
-        raise InputError(f"{path}: holds something other than named tensors; give a file of weights")
+        raise InputError(f"{path}: holds something other than named dense tensors; give a file of weights")
     return content
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of that format: by its name, or by the JSON that such a file starts with."""
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def read_pickle(path: Path) -> object:
@@ -144,7 +159,7 @@ def check_tensors(
         if tensor.shape != expected[name].shape:
             wanted = shape(expected[name])
             raise InputError(f"{path}: tensor {theirs} has shape {shape(tensor)}, not {wanted}; nothing was loaded")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.to(torch.float32).isfinite().all():
             raise InputError(f"{path}: tensor {theirs} holds values that are not finite numbers; nothing was loaded")
 
 

@@ -15,7 +15,9 @@ LIBRARY = "vitreg"
 
 def matches(checkpoint: Checkpoint) -> bool:
     """Whether the config is ours, or the names are."""
-    return checkpoint.config.get("library") == LIBRARY or "registers.tokens" in checkpoint.tensors
+    return "registers.tokens" in checkpoint.tensors or (
+        checkpoint.config.get("library") == LIBRARY and "cls_token" not in checkpoint.tensors
+    )
 
 
 def read(checkpoint: Checkpoint) -> Weights:

@@ -8,6 +8,8 @@ from vitreg_core.config import PreprocessConfig, validate
 from vitreg_core.errors import InputError
 from vitreg_core.weights import timm
 from vitreg_core.weights.checkpoint import (
+    CLIP_MEAN,
+    CLIP_STD,
     Checkpoint,
     Names,
     Parts,
@@ -45,8 +47,6 @@ TRUNK = "visual.trunk."
 TEXT = ("text.", "text_decoder.", "transformer.", "token_embedding.", "ln_final.")
 TEXT_TENSORS = {"positional_embedding", "text_projection", "logit_scale", "logit_bias", "attn_mask"}
 """Of the text tower, which stands beside `visual.` and is left out."""
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""OpenAI's, which open_clip uses where nothing else is said."""
 
 
 def matches(checkpoint: Checkpoint) -> bool:
@@ -157,7 +157,7 @@ def preprocess(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Preproces
         "image_size": min(image_size),
         "resize": modes[mode],
         "interpolation": theirs.get("interpolation", "bicubic"),
-        "mean": theirs.get("mean", MEAN),
-        "std": theirs.get("std", STD),
+        "mean": theirs.get("mean", CLIP_MEAN),
+        "std": theirs.get("std", CLIP_STD),
     }
     return validate(PreprocessConfig, values, where)

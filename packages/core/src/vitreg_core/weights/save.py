@@ -139,6 +139,8 @@ def save_dinov2(model: VisionTransformer, folder: Path) -> None:
     Raises:
         InputError: DINOv2's model cannot compute what the model does (names the field), or the file cannot be written.
     """
+    if (folder / "model.safetensors").exists():
+        raise InputError(f"{folder}: holds a model in another layout, which would be read in its place; give another")
     config = model.config
     multiple = config.feed_forward == "mlp" or config.hidden_dim % 8 == 0
     refuse(

@@ -11,6 +11,7 @@ from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 from vitreg_core.presets import list_models
 from vitreg_core.weights.download import cache_folder, download, write_text
+from vitreg_core.weights.files import read_config
 from vitreg_core.weights.official import OFFICIAL
 
 CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
@@ -35,6 +36,10 @@ def from_hub(name: str, weights: Sequence[str] = WEIGHTS) -> Path:
     address = f"https://huggingface.co/{repository}"
     try:
         file, offline = first_of(hub, name, weights, offline=False)
+        if file is None and not offline:
+            file, offline = first_of(hub, name, [f"{weight}.index.json" for weight in weights], offline=False)
+            for part in sorted(set(read_config(file).get("weight_map", {}).values())) if file else ():
+                first_of(hub, name, [part], offline=False)
         for config in CONFIGS if file else ():
             first_of(hub, name, [config], offline=offline)
     except hub.errors.GatedRepoError:

@@ -53,6 +53,12 @@ LOOKALIKES = re.compile(r"siglip|_rpn_|_rope_|^vit_pe_|^eva|^beit")
 """Architectures that share names with a plain ViT, and compute something else."""
 HEADS_OF = {"vit_base_patch16_gap_224": 16}
 """Architectures with other heads than the rest of their width."""
+READ_ARGUMENTS = {
+    "act_layer", "class_token", "depth", "drop_path_rate", "drop_rate", "dynamic_img_size", "embed_dim", "fc_norm",
+    "global_pool", "img_size", "init_values", "mlp_ratio", "no_embed_class", "num_classes", "num_heads", "patch_size",
+    "pre_norm", "proj_bias", "qk_norm", "qkv_bias", "reg_tokens", "weight_init",
+}  # fmt: skip
+"""Arguments of timm's constructor that are followed, or that tensors tell as well."""
 POOLS = {"token": "cls", "": "cls", "avg": "avg"}
 
 
@@ -72,6 +78,7 @@ def read(checkpoint: Checkpoint) -> Weights:
     parts = Parts(checkpoint, NAMES if "pos_embed" in checkpoint.tensors else ROTARY_NAMES)
     size = stated_size(checkpoint)
     facts: dict[str, object] = {"pool": pool(checkpoint, parts)}
+    refuse_arguments(checkpoint)
     if "positions" in parts:
         image_size = add_positions(parts, size)
         pack_swiglu(parts)
@@ -81,6 +88,9 @@ def read(checkpoint: Checkpoint) -> Weights:
         facts |= dinov3.finish(parts)
     if architecture in HEADS_OF:
         facts["num_heads"] = HEADS_OF[architecture]
+    stated = checkpoint.section(checkpoint.config, "model_args").get("act_layer")
+    if stated is not None:
+        facts["activation"] = stated
     facts |= checkpoint.section(checkpoint.config, "vitreg")  # what timm's config cannot say, where we wrote it
     config = describe(checkpoint, parts, {"image_size": square(image_size), **facts})
     return Weights(config, preprocess(checkpoint, image_size), parts.tensors, parts.origins)
@@ -105,6 +115,20 @@ def refuse_lookalikes(checkpoint: Checkpoint, architecture: str) -> None:
             f"{checkpoint.file}: tensor cls_token is missing, and timm's ViTs without it differ in more than names; "
             'write their "architecture" into the config.json beside it'
         )
+
+
+def refuse_arguments(checkpoint: Checkpoint) -> None:
+    """Refuse arguments of timm's constructor that may change what is computed.
+
+    Raises:
+        InputError: names the argument.
+    """
+    for name, value in checkpoint.section(checkpoint.config, "model_args").items():
+        if name not in READ_ARGUMENTS and "vitreg" not in checkpoint.config:
+            raise InputError(
+                f"{checkpoint.file.parent / 'config.json'}: model_args {name}={value!r} cannot be followed; if it "
+                "changes nothing that the model computes, remove it"
+            )
 
 
 def pool(checkpoint: Checkpoint, parts: Parts) -> str:
@@ -159,12 +183,13 @@ def clip_facts(checkpoint: Checkpoint, parts: Parts, architecture: str) -> dict[
     """
     if "pre_norm.weight" not in parts:
         return {}
-    if not architecture and "activation" not in checkpoint.given:
+    stated = checkpoint.section(checkpoint.config, "model_args").get("act_layer")
+    if not architecture and stated is None and "activation" not in checkpoint.given:
         raise InputError(
             f"{checkpoint.file}: a CLIP tower with GELU or with QuickGELU, which its tensors do not tell; give "
             'activation="gelu" or "quick_gelu", or the config.json with timm\'s "architecture" beside it'
         )
-    return {"norm_eps": 1e-5, "activation": "quick_gelu" if "quickgelu" in architecture else "gelu", "init": "clip"}
+    return {"norm_eps": 1e-5, "init": "clip"} | ({"activation": "quick_gelu"} if "quickgelu" in architecture else {})
 
 
 def stated_size(checkpoint: Checkpoint) -> tuple[int, int] | None:

@@ -13,6 +13,8 @@ from vitreg_core.config import PreprocessConfig, validate
 from vitreg_core.errors import InputError
 from vitreg_core.weights import dinov3
 from vitreg_core.weights.checkpoint import (
+    CLIP_MEAN,
+    CLIP_STD,
     Checkpoint,
     Names,
     Parts,
@@ -202,9 +204,12 @@ def preprocess(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Preproces
         InputError: it does what cannot be done here.
     """
     theirs = checkpoint.processor
+    clip = str(checkpoint.config.get("model_type", "")).startswith("clip")
+    usual = (CLIP_MEAN, CLIP_STD) if clip else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     if not theirs:
-        return PreprocessConfig(image_size=min(image_size))
+        return PreprocessConfig(image_size=min(image_size), mean=usual[0], std=usual[1])
     where = f"{checkpoint.file.parent / 'preprocessor_config.json'}"
+    refuse_steps(theirs, where)
     filters = {2: "bilinear", 3: "bicubic"}
     resample = theirs.get("resample", 2)
     if resample not in filters:
@@ -217,12 +222,35 @@ def preprocess(checkpoint: Checkpoint, image_size: tuple[int, int]) -> Preproces
     values = {
         "image_size": crop,
         "crop_ratio": ratio(crop, side),
-        "resize": "shorter" if isinstance(size, dict) and "shortest_edge" in size else "squash",
+        "crop_corner": "floor",
+        "resize": "shorter" if keeps_aspect(theirs, size) else "squash",
         "interpolation": filters[resample],
-        "mean": theirs.get("image_mean", (0.485, 0.456, 0.406)),
-        "std": theirs.get("image_std", (0.229, 0.224, 0.225)),
+        "mean": theirs.get("image_mean", usual[0]),
+        "std": theirs.get("image_std", usual[1]),
     }
+    if theirs.get("do_normalize") is False:
+        values |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     return validate(PreprocessConfig, values, where)
+
+
+def keeps_aspect(theirs: Mapping[str, Any], size: object) -> bool:
+    """Whether the shorter side is resized: said by the name of the size, or, of a mere number, by the processor's."""
+    if isinstance(size, dict):
+        return "shortest_edge" in size
+    kind = str(theirs.get("image_processor_type", theirs.get("feature_extractor_type", "")))
+    return kind.startswith(("CLIP", "Bit"))
+
+
+def refuse_steps(theirs: Mapping[str, Any], where: str) -> None:
+    """Refuse processors that leave pixels as they come, or scale them otherwise.
+
+    Raises:
+        InputError: names the setting.
+    """
+    for name, wanted in {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}.items():
+        value = theirs.get(name, wanted)
+        if not isinstance(value, int | float) or abs(value - wanted) > 1e-9:
+            raise InputError(f"{where}: {name}={value!r} cannot be done, only {wanted}; mend it")
 
 
 def one_side(size: object) -> int | None:
