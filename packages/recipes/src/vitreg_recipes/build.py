@@ -1,7 +1,7 @@
 """The model of a run: new, or with the weights of another one."""
 
-from vitreg_core.config import ViTConfig, override
-from vitreg_core.vit import VisionTransformer, check
+from vitreg_core.config import ViTConfig, check_shapes, override
+from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights import load_model
 
 from vitreg_recipes.config import TrainConfig
@@ -37,7 +37,7 @@ def start_from(init: str, wanted: ViTConfig, classes: int) -> VisionTransformer:
     model = load_model(init, drop_path=wanted.drop_path)
     if wanted.registers > model.config.registers:
         model = load_model(init, drop_path=wanted.drop_path, registers=wanted.registers, new_registers="init")
-    check(override(model.config, {"image_size": wanted.image_size}))
+    check_shapes(override(model.config, {"image_size": wanted.image_size}))
     if model.config.size != wanted.size:
         model.set_input_size(wanted.image_size)
     if model.config.num_classes != classes:
