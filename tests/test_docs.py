@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from vitreg_recipes.runs import RUNS, notes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +32,13 @@ def test_the_examples_on_models_run_one_after_the_other(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     for line in ("torch.Size([2, 192]) torch.Size([2, 4, 192]) torch.Size([2, 12, 192]) (3, 4)", "['1.62%', '6.48%']"):
         assert line in found.stdout
+
+
+def test_the_table_of_runs_says_what_the_runs_say() -> None:
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for name in RUNS:
+        told = notes(name)
+        assert f"| `{name}` | {told.summary} | {told.published} | {told.measured} | {told.cost} |" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
