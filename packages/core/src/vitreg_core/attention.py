@@ -142,10 +142,31 @@ def attend_by_products(parts: QKV) -> Float[Tensor, "b h n k"]:
         pieces = heads if tokens > MANY_TOKENS else 1
         chunks = zip(*(part.chunk(pieces, dim=1) for part in (parts.queries, keys, parts.values)), strict=True)
         return torch.cat([written_out(*chunk) for chunk in chunks], dim=1)
-    flat = (part.reshape(images * heads, tokens, channels) for part in (parts.queries, keys, parts.values))
-    chunks = zip(*(part.split(max(1, SCORES_AT_ONCE // tokens**2)) for part in flat), strict=True)
-    mixed = [torch.bmm(torch.bmm(query, key.transpose(1, 2)).softmax(dim=-1), value) for query, key, value in chunks]
-    return torch.cat(mixed).view(images, heads, tokens, channels)
+    step = max(1, SCORES_AT_ONCE // tokens**2)
+    queries, keys, values = (
+        part.reshape(images * heads, tokens, channels) for part in (parts.queries, keys, parts.values)
+    )
+    if torch.is_grad_enabled() and parts.queries.requires_grad:
+        chunks = zip(queries.split(step), keys.split(step), values.split(step), strict=True)
+        mixed = torch.cat([torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in chunks])
+    else:
+        mixed = in_place(queries, keys, values, step)
+    return mixed.view(images, heads, tokens, channels)
+
+
+def in_place(
+    queries: Float[Tensor, "heads n k"], keys: Float[Tensor, "heads n k"], values: Float[Tensor, "heads n k"], step: int
+) -> Float[Tensor, "heads n k"]:
+    """Attention of scaled keys, a number of heads at a time, with one piece of memory for all scores."""
+    mixed, count = torch.empty_like(queries), len(queries)
+    memory = queries.new_empty(min(step, count), queries.shape[1], queries.shape[1])
+    for start in range(0, count, step):
+        chunk = slice(start, start + step)
+        scores = memory[: min(step, count - start)]
+        torch.bmm(queries[chunk], keys[chunk].mT, out=scores)
+        torch.softmax(scores, dim=-1, out=scores)
+        torch.bmm(scores, values[chunk], out=mixed[chunk])
+    return mixed
 
 
 def written_out(
