@@ -112,6 +112,15 @@ def test_bfloat16_weights_and_autocast_take_the_same_path(monkeypatch: pytest.Mo
         assert F.cosine_similarity(other.patches.float(), exact.patches, dim=-1).min() > 0.99
 
 
+def test_keys_alone_may_want_a_gradient() -> None:
+    exact = [torch.randn(3, 2, 17, 16) for _ in range(3)]
+    rounded = [part.bfloat16().requires_grad_(index == 1) for index, part in enumerate(exact)]
+    reference = [part.detach().float().requires_grad_() for part in rounded]
+    attend(QKV(*rounded)).float().square().sum().backward()
+    F.scaled_dot_product_attention(*reference).square().sum().backward()
+    assert (rounded[1].grad - reference[1].grad).norm() <= 0.05 * reference[1].grad.norm()
+
+
 def test_many_scores_are_not_kept_for_a_gradient() -> None:
     kept = 0
 

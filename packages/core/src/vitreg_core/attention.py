@@ -127,7 +127,12 @@ def fits_xformers(parts: QKV) -> bool:
 
 def affords_scores(parts: QKV) -> bool:
     """Whether no gradient is wanted, for which all scores would be kept, or few scores would be."""
-    return not (torch.is_grad_enabled() and parts.queries.requires_grad) or parts.queries.shape[-2] <= MANY_TOKENS
+    return parts.queries.shape[-2] <= MANY_TOKENS or not wants_gradient(parts)
+
+
+def wants_gradient(parts: QKV) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(p.requires_grad for p in (parts.queries, parts.keys, parts.values))
 
 
 def attend_by_products(parts: QKV) -> Float[Tensor, "b h n k"]:
@@ -146,7 +151,7 @@ def attend_by_products(parts: QKV) -> Float[Tensor, "b h n k"]:
     queries, keys, values = (
         part.reshape(images * heads, tokens, channels) for part in (parts.queries, keys, parts.values)
     )
-    if torch.is_grad_enabled() and parts.queries.requires_grad:
+    if wants_gradient(parts):
         chunks = zip(queries.split(step), keys.split(step), values.split(step), strict=True)
         mixed = torch.cat([torch.bmm(torch.bmm(q, k.mT).softmax(dim=-1), v) for q, k, v in chunks])
     else:
