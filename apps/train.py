@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,12 +117,17 @@ def evaluations(options: Options) -> Mapping[str, "Evaluation"]:
 
 def print_next(options: Options) -> None:
     """Say what to do with the trained model: a program that names the class of a photo, and the next command."""
-    from vitreg_core.data.images import labelled_images
+    from vitreg_core.data.images import labelled_images, read_image
+
+    def readable(path: Path) -> bool:
+        with suppress(InputError):
+            return bool(read_image(path))
+        return False
 
     folder = Path(options.data.path)
     folder = folder / "train" if (folder / "train").is_dir() else folder
     try:
-        photo = labelled_images(folder).paths[0] if options.data.path != SCENES else None
+        photo = None if options.data.path == SCENES else next(filter(readable, labelled_images(folder).paths), None)
     except InputError:  # shards, tars or a data set of the hub: no file to name
         photo = None
     if photo is not None:

@@ -15,7 +15,7 @@ from vitreg_core.errors import InputError
 from vitreg_recipes.config import TrainConfig
 from vitreg_recipes.data import Share, open_data, open_photos
 from vitreg_recipes.data.photos import PhotoData
-from vitreg_recipes.data.tars import TarPhotos, cached_index
+from vitreg_recipes.data.tars import TarPhotos, cached_index, number_classes
 
 Tiny = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -184,3 +184,9 @@ def test_shards_and_classes_are_not_confused(tmp_path: Path) -> None:
         InputError, match=r"1 sub-folders and 4 tars found; classes are one or the other, move the rest"
     ):
         open_photos(str(tmp_path / "shards"))
+
+
+def test_labels_that_are_names_in_digits_are_refused() -> None:
+    assert number_classes(["3", "0"])[0] == ["0", "1", "2", "3"]
+    with pytest.raises(InputError, match=r"label 2102040 among 2 different ones: .* number the classes so"):
+        number_classes(["1440764", "2102040"])

@@ -162,6 +162,8 @@ def test_registers_that_the_weights_lack_start_at_random_with_a_warning(tiny: Ti
     tokens = load_model(tmp_path).registers.tokens
     assert torch.equal(model.registers.tokens[:2], tokens)
     assert model.registers.tokens[2:].std() > 0
+    with pytest.raises(InputError, match=r"model.registers=1 with init=.* rely on its 2; leave model.registers out"):
+        set_up(config := tiny(init=str(tmp_path), model__registers=1), start(config))
     fewer = set_up(config := tiny(init=str(tmp_path), model__registers=0), start(config)).model
     assert torch.equal(fewer.registers.tokens, tokens)
 

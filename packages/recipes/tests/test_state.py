@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -251,3 +252,13 @@ def test_a_run_in_epochs_counts_the_steps_of_its_data(tiny: Tiny, tmp_path: Path
     assert steps == 2 * epoch_steps == len(seen)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["steps"] == steps
     assert epoch_steps in (3, 4)  # 7 photos in pairs
+
+
+def test_a_damaged_newer_checkpoint_costs_no_good_one(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny(out=tmp_path, keep_last=1)
+    crash(config, 5)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step_000004", folder / "step_000012")
+    (folder / "step_000012" / "state.pt").write_bytes(b"cut")
+    train(config, resume=True)
+    assert {path.name for path in folder.iterdir()} == {"step_000008", "step_000012"}

@@ -137,6 +137,12 @@ def test_evaluations_measure_the_validation_split(
             right += int(model.classify(model.preprocess(read_image(path))[None]).argmax()) == label
     assert found["head_top1"] == pytest.approx(right / 7)
     assert found["knn_top1"] == pytest.approx(knn_top1(Path("runs/mine"), photos))
+    for split in ("train", "val"):
+        (photos / split / ".cache").mkdir()
+        (photos / split / "cat" / "0.jpg").write_bytes(b"broken")
+    app.main([*options, "--data.path", str(photos), "--out", "runs/broken"])
+    assert Path("runs/broken/evaluations.jsonl").exists()
+    assert "cat/0.jpg'" not in capsys.readouterr().out  # the program names a photo that can be read
     monkeypatch.setattr("vitreg_eval.training.TRAIN_SCENES", 100)
     monkeypatch.setattr("vitreg_eval.training.TEST_SCENES", 50)
     app.main(options)

@@ -1,5 +1,6 @@
 """Command-line options of a config: `--section.field value`, checked as the config checks itself."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -152,3 +153,6 @@ def one_line_errors(program: str) -> Iterator[None]:
     except InputError as error:
         sys.stderr.write(f"{program}: error: {error}\n")
         sys.exit(2)
+    except BrokenPipeError:  # whoever read what we print has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

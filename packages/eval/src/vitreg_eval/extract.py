@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from vitreg_core.data.images import class_folders
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone, Features
 from vitreg_core.precision import use_precision
@@ -94,7 +95,7 @@ def train_and_test(backbone: Backbone, options: ProbeOptions) -> tuple[Extracted
 def check_classes(options: LabelOptions) -> None:
     """Refuse splits whose class folders differ, since their labels would not mean the same."""
     assert options.data is not None
-    train, val = ({p.name for p in (options.data / s).iterdir() if p.is_dir()} for s in ("train", "val"))
+    train, val = (set(class_folders(options.data / s)) for s in ("train", "val"))
     if train != val:
         raise InputError(
             f"{options.data}: class folders only in train or val: {sorted(train ^ val)[:5]}; make them equal"

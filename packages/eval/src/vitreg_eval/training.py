@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from vitreg_core.data.images import labelled_images
+from vitreg_core.config import override
 from vitreg_core.errors import InputError
 from vitreg_core.precision import Precision, use_precision
 from vitreg_core.vit import VisionTransformer
 
 from vitreg_eval.config import KnnOptions
-from vitreg_eval.datasets import ImageSet, labelled_folder, scenes
-from vitreg_eval.extract import check_classes, train_and_test
+from vitreg_eval.datasets import ImageSet, readable_sample, scenes
+from vitreg_eval.extract import check_classes, extract, train_and_test
 from vitreg_eval.tasks import knn
 
 TRAIN_SCENES, TEST_SCENES = 3000, 1000
 """Drawn scenes that vote and that are judged; no run trains on them."""
+MOST_PHOTOS = 5000
+"""Photos of a split that are read; more are left out evenly."""
 NEIGHBOURS = 20
 
 
@@ -33,16 +35,14 @@ def evaluations(
     Raises:
         InputError: the folder has no train or no val, or other classes in them.
     """
-    neighbours = NEIGHBOURS
     if folder is not None:
         for split in ("train", "val"):
             if not (folder / split).is_dir():
                 raise InputError(f"evaluations need {folder / split}, which is not there; make it, or do not evaluate")
-        neighbours = min(NEIGHBOURS, len(labelled_images(folder / "train")))
     options = KnnOptions(
         data=folder,
         label=label,
-        k=neighbours,
+        k=NEIGHBOURS,
         train_images=TRAIN_SCENES,
         test_images=TEST_SCENES,
         precision=precision,
@@ -51,18 +51,28 @@ def evaluations(
         check_classes(options)
 
     def nearest(model: VisionTransformer) -> dict[str, float]:
-        found = knn.evaluate(*train_and_test(model, options), options)
+        if folder is None:
+            train, test = train_and_test(model, options)
+        else:
+            train, test = (extract(model, sample(model, folder, split, options), options) for split in ("train", "val"))
+        there = override(options, {"k": min(NEIGHBOURS, len(train.features.patches))})
+        found = knn.evaluate(train, test, there)
         return {name: metric.value for name, metric in found.items()}
 
     def head(model: VisionTransformer) -> dict[str, float]:
         images = (
             scenes(model.preprocess, options.test_images, options.seed, "test")
             if folder is None
-            else labelled_folder(model.preprocess, folder, "val", options.batch_size)
+            else sample(model, folder, "val", options)
         )
         return {"top1": head_accuracy(model, images, options)}
 
     return {"knn": nearest, "head": head}
+
+
+def sample(model: VisionTransformer, folder: Path, split: str, options: KnnOptions) -> ImageSet:
+    """Images of a split that are measured: few enough that the other processes can wait for it."""
+    return readable_sample(model.preprocess, folder, split, options.batch_size, MOST_PHOTOS)
 
 
 @torch.no_grad()

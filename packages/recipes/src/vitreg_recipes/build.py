@@ -1,6 +1,7 @@
 """The model of a run: new, or with the weights of another one."""
 
 from vitreg_core.config import ViTConfig, check_shapes, override
+from vitreg_core.errors import InputError
 from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights import load_model
 
@@ -32,9 +33,14 @@ def start_from(init: str, wanted: ViTConfig, classes: int) -> VisionTransformer:
     one. Registers that the weights lack start at random, with a warning; those that they have are kept.
 
     Raises:
-        InputError: no such weights, or images smaller than one of its patches.
+        InputError: no such weights, fewer registers than they have, or images smaller than one of its patches.
     """
     model = load_model(init, drop_path=wanted.drop_path)
+    if 0 < wanted.registers < model.config.registers:
+        raise InputError(
+            f"model.registers={wanted.registers} with init={init}, whose other weights rely on its "
+            f"{model.config.registers}; leave model.registers out"
+        )
     if wanted.registers > model.config.registers:
         model = load_model(init, drop_path=wanted.drop_path, registers=wanted.registers, new_registers="init")
     check_shapes(override(model.config, {"image_size": wanted.image_size}))

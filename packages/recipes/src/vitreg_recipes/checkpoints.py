@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def save_checkpoint(state: TrainState, folder: Path) -> None:
 
     if state.accelerator.is_main_process:
         write_whole(folder / step_name(state), write)
-        for old in checkpoints(folder)[state.config.keep_last :]:
+        done = [path for path in checkpoints(folder) if step_of(path) <= state.step]  # newer ones are damaged
+        for old in done[state.config.keep_last :]:
             shutil.rmtree(old)
     state.accelerator.wait_for_everyone()
 
@@ -143,10 +145,15 @@ def remove_leftovers(out: Path) -> None:
             leftover.unlink()
 
 
+def step_of(checkpoint: Path) -> int:
+    """Step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def load_newest(state: TrainState, folder: Path) -> None:
@@ -160,7 +167,7 @@ def load_newest(state: TrainState, folder: Path) -> None:
         try:
             load_checkpoint(state, path)
         except DAMAGE as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = textwrap.shorten(str(error) or type(error).__name__, 120)
             tqdm.write(f"{path}: damaged checkpoint ({reason}), using the one before", file=sys.stderr)
         else:
             return

@@ -235,8 +235,8 @@ def check_same(config: TrainConfig, before: TrainConfig) -> None:
         InputError: names the first field that differs, and both values.
     """
     now, then = dict(flatten(config.model_dump())), dict(flatten(before.model_dump()))
-    for name in now.keys() - FREE_ON_RESUME:
-        if now[name] != then[name]:
+    for name in now:
+        if name not in FREE_ON_RESUME and now[name] != then[name]:
             raise InputError(
                 f"{config.out}: the run there has {name}={then[name]}, not {now[name]}; "
                 "resume with the same value, or give another --out"

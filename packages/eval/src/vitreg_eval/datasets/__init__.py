@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from vitreg_core.data.images import Preprocess, labelled_images, list_images, read_image
 from vitreg_core.data.scenes import draw_scenes
+from vitreg_core.errors import InputError
 
 from vitreg_eval.results import DataRecord
 
@@ -64,6 +66,30 @@ def labelled_folder(preprocess: Preprocess, folder: Path, split: str, batch_size
     """
     found = labelled_images(folder / split if split else folder)
     return image_files(preprocess, found.paths, folder, split, batch_size, torch.tensor(found.labels))
+
+
+def readable_sample(preprocess: Preprocess, folder: Path, split: str, batch_size: int, most: int) -> ImageSet:
+    """At most so many images of a labelled folder, evenly spread over it; what cannot be read is left out.
+
+    Raises:
+        InputError: missing or empty folder.
+    """
+    found = labelled_images(folder / split)
+    count = min(most, len(found))
+    chosen = [index * len(found) // count for index in range(count)]
+    paths, labels = [found.paths[index] for index in chosen], [found.labels[index] for index in chosen]
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, count, batch_size):
+            read = []
+            for path, label in zip(paths[start : start + batch_size], labels[start : start + batch_size], strict=True):
+                with suppress(InputError):
+                    read.append((preprocess(read_image(path)), label))
+            if read:
+                images, targets = zip(*read, strict=True)
+                yield Batch(torch.stack(images), {"label": torch.tensor(targets)})
+
+    return ImageSet(file_record(paths, folder, split), batches)
 
 
 def photo_folder(preprocess: Preprocess, folder: Path, limit: int | None, batch_size: int) -> ImageSet:

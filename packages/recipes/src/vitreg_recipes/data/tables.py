@@ -14,7 +14,7 @@ from PIL import Image
 from vitreg_core.data.images import decode_image, read_image
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.data.tars import LABEL_NAMES, number_classes
+from vitreg_recipes.data.tars import LABEL_NAMES, number_classes, refuse_wide
 
 
 class TablePhotos:
@@ -122,6 +122,8 @@ def read_labels(where: str, feature: Any, values: Any) -> tuple[list[str], np.nd
         raise InputError(f"data.path={where}: 0 rows found; give data with images")
     if labels.dtype.kind in "iu" and labels.min() >= 0:
         names = getattr(feature, "names", None)
+        if names is None:
+            refuse_wide(labels)
         return names or [str(number) for number in range(labels.max() + 1)], labels
     if labels.dtype.kind in "UT" or (labels.dtype.kind == "O" and all(isinstance(name, str) for name in labels)):
         different, codes = np.unique(labels.astype(str), return_inverse=True)

@@ -127,13 +127,31 @@ def make_index(shards: list[Path], *, labelled: bool) -> Index:
     return Index(shard_of.astype(np.int32), offsets, sizes.astype(np.int32), places[labels], np.array(classes))
 
 
+SPARE_CLASSES = 1000
+"""Classes without images that numbered labels may leave."""
+
+
 def number_classes(names: list[str]) -> tuple[list[str], Int[np.ndarray, " names"]]:
     """Names of the classes, and the class of each different label: numbers stay, names are sorted."""
     if all(name.isdecimal() for name in names):
         numbers = np.array([int(name) for name in names])
+        refuse_wide(numbers)
         return [str(number) for number in range(numbers.max() + 1)], numbers
     classes, places = np.unique(names, return_inverse=True)
     return classes.tolist(), places
+
+
+def refuse_wide(numbers: np.ndarray) -> None:
+    """Refuse numbers that are names rather than places in a list, for which the head would be far too wide.
+
+    Raises:
+        InputError: names the largest.
+    """
+    if numbers.max() > SPARE_CLASSES + 100 * len(np.unique(numbers)):
+        raise InputError(
+            f"label {numbers.max()} among {len(np.unique(numbers))} different ones: numbers are classes from 0 on; "
+            "number the classes so, or give them names"
+        )
 
 
 def class_images(shard: Path) -> list[Member]:
