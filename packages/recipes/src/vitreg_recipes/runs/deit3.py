@@ -67,7 +67,7 @@ def deit3_imagenette() -> TrainConfig:
     to learn after 13 000 images.
 
     Published: none.
-    Measured: the head finds the class of 0.355 of 400 validation photos after 1100 training photos, seed 0.
+    Measured: top-1 on 400 validation photos after 1100 training photos: head 0.349, k-NN 0.387, mean of 3 seeds.
     Cost: 19 200 images, 158 per second on one CPU core.
     """
     return TrainConfig(
