@@ -137,10 +137,11 @@ def print_next(options: Options) -> None:
 
 def main(arguments: list[str]) -> None:
     """List the runs, or train one."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print_runs()
-        return
     with one_line_errors(PROGRAM):
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print_runs()
+            sys.stdout.flush()
+            return
         options = parse(arguments[0], arguments[1:])
         use_all_cores()
         from vitreg_recipes.loop import train  # after the options, which must answer at once
