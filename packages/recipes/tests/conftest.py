@@ -1,7 +1,10 @@
 """Fixtures of the recipes tests."""
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +16,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from vitreg_recipes.config import TrainConfig
 
+APP = Path(__file__).parents[3] / "apps" / "train.py"
 TINY = {
     "model.image_size": 16,
     "model.embed_dim": 8,
@@ -76,3 +80,16 @@ def photos(tmp_path: Path) -> Path:
             pixels = numbers.integers(0, 256, (24, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{index}.png")
     return tmp_path / "photos"
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """apps/train.py as a module, in an empty folder."""
+    specification = importlib.util.spec_from_file_location("train_app", APP)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "train_app", module)
+    specification.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    return module

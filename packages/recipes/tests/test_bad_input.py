@@ -1,10 +1,8 @@
 """What users get wrong, through the program: one line that says what to do, exit code 2, and a run that still loads."""
 
 import errno
-import importlib.util
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,22 +10,8 @@ from types import ModuleType
 import pytest
 from vitreg_core import load_model
 
-APP = Path(__file__).parents[3] / "apps" / "train.py"
 OUT = Path("runs/deit3_scenes")
 Program = Callable[[str], str]
-
-
-@pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """apps/train.py as a module, in an empty folder."""
-    specification = importlib.util.spec_from_file_location("train_app", APP)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "train_app", module)
-    specification.loader.exec_module(module)
-    monkeypatch.chdir(tmp_path)
-    return module
 
 
 @pytest.fixture

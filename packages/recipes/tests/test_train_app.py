@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import random
@@ -21,19 +20,6 @@ from vitreg_recipes.config import TrainConfig
 
 Tiny = Callable[..., TrainConfig]
 APP = Path(__file__).parents[3] / "apps" / "train.py"
-
-
-@pytest.fixture
-def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """apps/train.py as a module, in an empty folder."""
-    specification = importlib.util.spec_from_file_location("train_app", APP)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, "train_app", module)
-    specification.loader.exec_module(module)
-    monkeypatch.chdir(tmp_path)
-    return module
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
