@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from vitreg_core.errors import InputError
+from vitreg_core.whole import write_text
 
 from vitreg_eval.metrics import Metric
 from vitreg_eval.results import interval, number
@@ -111,10 +112,8 @@ def write_page(page: Page, path: Path) -> None:
         InputError: the folder cannot be written.
     """
     template = Environment(loader=PackageLoader("vitreg_eval", "."), autoescape=True).get_template("report.html.j2")
-    temporary = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(template.render(page=page), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, template.render(page=page))
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from None

@@ -1,11 +1,11 @@
 """What a task gives back, and result.json, which holds it with everything it was made with."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitreg_core import whole
 from vitreg_core.config import Config
 from vitreg_core.errors import InputError
 from vitreg_core.provenance import commit, versions
@@ -66,11 +66,9 @@ def write_json(path: Path, content: Mapping[str, Any] | list) -> None:
     Raises:
         InputError: the folder cannot be written.
     """
-    temporary = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        whole.write_json(path, content)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vitreg_core.errors import InputError
+from vitreg_core.whole import write_text
 
 from vitreg_recipes.state import TrainState
 
@@ -45,6 +46,4 @@ def drop_lines(path: Path, step: int) -> None:
         return
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
     kept = [line for line in lines if json.loads(line)["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))

@@ -7,6 +7,7 @@ from typing import Any
 from vitreg_core.config import validate
 from vitreg_core.errors import InputError
 from vitreg_core.provenance import commit, versions
+from vitreg_core.whole import write_json
 
 from vitreg_recipes.checkpoints import load_newest, remove_leftovers, save_export
 from vitreg_recipes.config import TrainConfig, check_same
@@ -97,13 +98,6 @@ def read_record(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); give another --out") from None
     return values if isinstance(values, dict) else {}
-
-
-def write_json(path: Path, values: dict[str, Any] | list[str]) -> None:
-    """Write a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def shorten(value: object) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vitreg_core.errors import InputError
+from vitreg_core.whole import write_text
 
 CHUNK = 1 << 20
 NAMED_HASH = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -92,10 +93,3 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
-        Path(temporary, "text").write_text(text)
-        Path(temporary, "text").replace(file)

@@ -1,7 +1,6 @@
 """Where weights come from: every form of a model source, as a file or folder on this machine."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -10,9 +9,10 @@ from vitreg_core.config import nearest
 from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 from vitreg_core.presets import list_models
-from vitreg_core.weights.download import cache_folder, download, write_text
+from vitreg_core.weights.download import cache_folder, download
 from vitreg_core.weights.files import read_config
 from vitreg_core.weights.official import OFFICIAL
+from vitreg_core.whole import write_json
 
 CONFIGS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
@@ -134,7 +134,7 @@ def from_address(clip: ModuleType, arch: str, tag: str, config: Mapping[str, obj
     model = clip.get_model_config(arch)
     model["quick_gelu"] = bool(config.get("quick_gelu", model.get("quick_gelu", False)))
     preprocess = {key: config[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in config}
-    write_text(file.with_name(CONFIGS[2]), json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    write_json(file.with_name(CONFIGS[2]), {"model_cfg": model, "preprocess_cfg": preprocess})
     return file
 
 
