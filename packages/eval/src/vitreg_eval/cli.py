@@ -70,9 +70,8 @@ def list_text() -> str:
 
 def run_task(task: Task, options: TaskOptions) -> None:
     """Measure every model of the options."""
-    from vitreg_eval.paths import check_needs
-
-    check_needs(options)
+    if missing := options.needs():
+        raise InputError(f"missing: {' and '.join(missing)}")
     from vitreg_core.weights import load_model
 
     out = options.out or Path("runs") / "eval" / task.name
