@@ -38,6 +38,7 @@ def read_run(name: str, folder: Path) -> dict[str, Any]:
         InputError: its `run.json` is damaged.
     """
     config = find(name)
+    assert isinstance(config, TrainConfig)  # as all of the grid are
     row: dict[str, Any] = {
         "run": name,
         "mixing": config.mix.active,

@@ -5,6 +5,7 @@ All options of `apps/train.py` count as well; nothing is trained or allocated.
 
 import sys
 
+from vitreg_core.errors import InputError
 from vitreg_core.options import one_line_errors, parse_options
 from vitreg_recipes.config import TrainConfig
 from vitreg_recipes.plan import GPUS, Hardware, Plan, plan
@@ -50,7 +51,10 @@ def main(arguments: list[str]) -> None:
         return
     name, *rest = arguments
     with one_line_errors(PROGRAM):
-        options = parse_options(Options(**find(name).model_dump()), rest, f"{PROGRAM} {name}")
+        run = find(name)
+        if not isinstance(run, TrainConfig):
+            raise InputError(f"{name}: costs are counted for runs with labels only; give one of deit3_...")
+        options = parse_options(Options(**run.model_dump()), rest, f"{PROGRAM} {name}")
         config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
         hardware = Hardware(**options.model_dump(include=set(Hardware.model_fields)))
         print_plan(name, options, plan(config, hardware))

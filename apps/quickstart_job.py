@@ -119,6 +119,7 @@ def run_config(registers: int, options: QuickstartOptions) -> TrainConfig:
         "out": options.out / f"r{registers}",
     }
     run = find("deit3_scenes")
+    assert isinstance(run, TrainConfig)
     if options.steps is not None:
         changes |= {"steps": options.steps, "optim.warmup_steps": min(run.optim.warmup_steps, options.steps // 10)}
     return override(run, changes)

@@ -12,9 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field, create_model
 from vitreg_core.errors import InputError
 from vitreg_core.options import one_line_errors, parse_options, split_arguments
-from vitreg_recipes.config import SCENES, TrainConfig
+from vitreg_recipes.config import SCENES, RunConfig, TrainConfig
 from vitreg_recipes.runs import find, list_runs
 
 if TYPE_CHECKING:
@@ -35,20 +36,22 @@ image = model.preprocess(read_image(Path({photo!r})))
 print(classes[model.classify(image[None]).argmax()])"""
 
 
-class Options(TrainConfig):
-    """Options of a training run."""
+def with_resume(kind: type[RunConfig]) -> type[RunConfig]:
+    """The options of a kind of run: its config, and whether to continue."""
+    resume = Field(default=False, description="Continue the run in --out from its newest checkpoint.")
+    return create_model("Options", __base__=kind, __doc__=kind.__doc__, resume=(bool, resume))
 
-    resume: bool = False
-    """Continue the run in --out from its newest checkpoint."""
 
+def parse(name: str, arguments: list[str]) -> tuple[RunConfig, bool]:
+    """Config of a run with the options of a file and the command line, and whether to continue it.
 
-def parse(name: str, arguments: list[str]) -> Options:
-    """Config of a run with the options of a file and the command line; `out` is runs/<name> unless they say otherwise.
+    `out` is runs/<name> unless they say otherwise.
 
     Raises:
         InputError: an option that cannot be used.
     """
-    default = Options(**{**find(name).model_dump(), "out": Path("runs", name)})
+    named = find(name)
+    default = with_resume(type(named))(**{**named.model_dump(), "out": Path("runs", name)})
     options = parse_options(default, arguments, f"{PROGRAM} {name}")
     fixed = (given for given, _ in split_arguments(arguments) if given.startswith("model.") and given not in WITH_INIT)
     if options.init is not None and (field := next(fixed, None)):
@@ -56,7 +59,8 @@ def parse(name: str, arguments: list[str]) -> Options:
             f"option --{field} with init={options.init}: it comes with the weights; leave it out (free are "
             f"{', '.join(WITH_INIT)})"
         )
-    return options
+    values = options.model_dump()
+    return type(named)(**{name: value for name, value in values.items() if name != "resume"}), values["resume"]
 
 
 def print_runs() -> None:
@@ -96,8 +100,8 @@ def resume_command(arguments: list[str], environment: Mapping[str, str]) -> str:
     return shlex.join([*(["uv", "run"] if "UV" in environment else []), *launcher, *words]) + where
 
 
-def evaluations(options: Options) -> Mapping[str, "Evaluation"]:
-    """What to measure every `evaluate_every` steps: k-NN and the head, on the validation split.
+def evaluations(options: RunConfig) -> Mapping[str, "Evaluation"]:
+    """What to measure every `evaluate_every` steps: k-NN, and the head where there is one, on the validation split.
 
     Raises:
         InputError: the data have none.
@@ -112,10 +116,11 @@ def evaluations(options: Options) -> Mapping[str, "Evaluation"]:
             f"evaluate_every={options.evaluate_every} with data.path={folder}: only scenes, and a folder with train "
             "and val in it, have a validation split; set evaluate_every to none"
         )
-    return evaluations(folder, "relation" if options.data.label == "relation" else "label", options.precision)
+    relation = isinstance(options, TrainConfig) and options.data.label == "relation"
+    return evaluations(folder, "relation" if relation else "label", options.precision)
 
 
-def print_next(options: Options) -> None:
+def print_next(options: RunConfig) -> None:
     """Say what to do with the trained model: a program that names the class of a photo, and the next command."""
     from vitreg_core.data.images import labelled_images, read_image
 
@@ -142,15 +147,14 @@ def main(arguments: list[str]) -> None:
             print_runs()
             sys.stdout.flush()
             return
-        options = parse(arguments[0], arguments[1:])
+        config, resume = parse(arguments[0], arguments[1:])
         use_all_cores()
         from vitreg_recipes.loop import train  # after the options, which must answer at once
 
-        config = TrainConfig(**options.model_dump(exclude={"resume"}))
         command = resume_command(arguments, os.environ)
-        train(config, resume=options.resume, evaluations=evaluations(options), command=command)
-    if options.out is not None and os.environ.get("RANK", "0") == "0":
-        print_next(options)
+        train(config, resume=resume, evaluations=evaluations(config), command=command)
+    if config.out is not None and os.environ.get("RANK", "0") == "0":
+        print_next(config)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 from vitreg_core.config import field_names, override
 from vitreg_core.errors import InputError
 from vitreg_recipes import find
-from vitreg_recipes.config import TrainConfig, check, check_same, local_batch
+from vitreg_recipes.config import TrainConfig, check_same, local_batch
 
 
 def test_configs_and_the_list_of_runs_need_no_torch() -> None:
@@ -57,22 +57,22 @@ def test_every_option_says_what_it_is() -> None:
 )
 def test_fields_that_do_not_fit_together_are_refused(changes: dict[str, object], advice: str) -> None:
     with pytest.raises(InputError, match=advice) as refused:
-        check(override(find("deit3_scenes"), changes))
+        override(find("deit3_scenes"), changes).check()
     assert "\n" not in str(refused.value)
 
 
 def test_fields_that_fit_together_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = find("deit3_scenes")
-    check(override(scenes, {"elastic.sample": True, "elastic.diversity": 1, "model.registers": 2}))
-    check(override(scenes, {"strategy": "fsdp2", "optim.name": "adamw"}))
-    check(override(scenes, {"optim.lr": 1e-5, "optim.warmup_lr": 1e-5}))
+    override(scenes, {"elastic.sample": True, "elastic.diversity": 1, "model.registers": 2}).check()
+    override(scenes, {"strategy": "fsdp2", "optim.name": "adamw"}).check()
+    override(scenes, {"optim.lr": 1e-5, "optim.warmup_lr": 1e-5}).check()
     by_epochs = {"optim.schedule": "epochs", "optim.warmup_steps": 0, "optim.warmup_epochs": 2}
-    check(override(scenes, by_epochs | {"steps": None, "epochs": 2}))
-    check(override(scenes, by_epochs))
+    override(scenes, by_epochs | {"steps": None, "epochs": 2}).check()
+    override(scenes, by_epochs).check()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
-    check(override(scenes, {"init": "runs/mine"}))
-    check(override(scenes, {"init": "hub:some/model"}))
+    override(scenes, {"init": "runs/mine"}).check()
+    override(scenes, {"init": "hub:some/model"}).check()
 
 
 @pytest.mark.parametrize(("name", "value"), [("optim.lr", 0), ("steps", 0), ("seed", -1), ("precision", "fp16")])

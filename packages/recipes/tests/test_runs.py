@@ -14,7 +14,7 @@ from vitreg_core.config import ViTConfig, override
 from vitreg_core.cost import count_flops, on_meta
 from vitreg_core.errors import InputError
 from vitreg_core.presets import preset_config
-from vitreg_recipes.config import TrainConfig, check, local_batch
+from vitreg_recipes.config import TrainConfig, local_batch
 from vitreg_recipes.runs import RUNS, find, list_runs, notes
 from vitreg_recipes.runs.registers import GRID, VARIANTS
 
@@ -133,13 +133,13 @@ def test_shapes_are_those_of_the_presets(name: str) -> None:
 def test_runs_are_valid_but_for_the_run_they_start_from(name: str) -> None:
     config = find(name)
     if config.init is None:
-        check(config)
+        config.check()
     else:
         with pytest.raises(
             InputError, match=f"init={config.init}: nothing there to fine-tune; train .* first, or give"
         ):
-            check(config)
-        check(override(config, {"init": "vit_s16"}))
+            config.check()
+        override(config, {"init": "vit_s16"}).check()
         assert find(config.init.removeprefix("runs/")).model.registers == config.model.registers
     assert local_batch(config, 4) == config.data.batch_size // 4
 

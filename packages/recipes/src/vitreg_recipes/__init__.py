@@ -12,12 +12,13 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vitreg_recipes.config import RunConfig as RunConfig
     from vitreg_recipes.config import TrainConfig as TrainConfig
     from vitreg_recipes.loop import train as train
     from vitreg_recipes.runs import find as find
     from vitreg_recipes.runs import list_runs as list_runs
 
-HOMES = {"TrainConfig": "config", "train": "loop", "find": "runs", "list_runs": "runs"}
+HOMES = {"RunConfig": "config", "TrainConfig": "config", "train": "loop", "find": "runs", "list_runs": "runs"}
 __all__ = list(HOMES)
 
 

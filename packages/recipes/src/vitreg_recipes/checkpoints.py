@@ -7,10 +7,13 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 from vitreg_core.errors import InputError
 from vitreg_core.vit import VisionTransformer
@@ -18,7 +21,7 @@ from vitreg_core.weights import save_model
 from vitreg_core.weights.files import check_tensors, read_tensors
 
 from vitreg_recipes.state import TrainState
-from vitreg_recipes.strategy import fill
+from vitreg_recipes.strategy import fill, whole
 
 DAMAGE = (InputError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError)
 """What reading a truncated or overwritten checkpoint can raise."""
@@ -26,19 +29,31 @@ WRITE_FAILURES = (OSError, RuntimeError, SafetensorError, InputError)
 """What a full disk makes of writing: each library raises its own."""
 
 
+@runtime_checkable
+class Exported(Protocol):
+    """A model that writes itself in the form in which it is used."""
+
+    def export(self, folder: Path) -> None:
+        """Write into a folder, which is made where it is missing."""
+
+
 def save_checkpoint(state: TrainState, folder: Path) -> None:
     """Write `folder/step_<n>`, whole or not at all, and remove all but the last few. Every process must call it.
 
-    A checkpoint is a model folder (`load_model` reads it, and `ema` in it) with `state.pt` beside the weights.
+    A checkpoint is a model folder (`load_model` reads it, and `ema` in it) with `state.pt` beside the weights, and the
+    tensors of networks that the model folder does not hold in `<name>.weights` (safetensors).
 
     Raises:
         InputError: the weights are not finite, or the folder cannot be written.
     """
-    values, models = state.state_dict(), state.models()
+    values, models, main = state.state_dict(), state.models(), state.accelerator.is_main_process
     refuse_broken(state, models)
+    kept = {name: whole(tensors, keep=main) for name, tensors in resumable(state).items()}
 
     def write(temporary: Path) -> None:
         write_models(models, temporary)
+        for name, tensors in kept.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.weights")
         torch.save(values, temporary / "state.pt")
 
     if state.accelerator.is_main_process:
@@ -83,7 +98,7 @@ def step_name(state: TrainState) -> str:
     return f"step_{state.step:06d}"
 
 
-def refuse_broken(state: TrainState, models: Mapping[str, VisionTransformer]) -> None:
+def refuse_broken(state: TrainState, models: Mapping[str, nn.Module]) -> None:
     """Refuse weights that no file should hold; all processes do, where the main one finds some.
 
     Raises:
@@ -92,17 +107,23 @@ def refuse_broken(state: TrainState, models: Mapping[str, VisionTransformer]) ->
     tensors = (item for model in models.values() for item in model.state_dict().items())
     broken = next((name for name, value in tensors if not value.isfinite().all()), None)
     if found := broadcast_object_list([broken])[0]:
-        raise InputError(
-            f"step {state.step}: {found} is not finite, and is not saved; "
-            f"lower optim.lr={state.config.optim.lr} or use precision=fp32"
-        )
+        raise InputError(f"step {state.step}: {found} is not finite, and is not saved; {state.config.rates}")
 
 
-def write_models(models: Mapping[str, VisionTransformer], folder: Path) -> None:
+def write_models(models: Mapping[str, nn.Module], folder: Path) -> None:
     """Write the model into a folder, and the average into `ema` in it."""
-    save_model(models["model"], folder)
-    if "ema" in models:
-        save_model(models["ema"], folder / "ema")
+    for name, model in models.items():
+        where = folder if name == "model" else folder / name
+        if isinstance(model, VisionTransformer):
+            save_model(model, where)
+        elif isinstance(model, Exported):
+            model.export(where)
+
+
+def resumable(state: TrainState) -> dict[str, Mapping[str, Tensor]]:
+    """Tensors that a checkpoint keeps as they are: all that `write_models` does not write under the same names."""
+    written = {"ema", "model"} if isinstance(state.model, VisionTransformer) else set()
+    return {name: tensors for name, tensors in state.weights().items() if name not in written}
 
 
 def write_whole(final: Path, write: Callable[[Path], None]) -> None:
@@ -178,8 +199,10 @@ def load_newest(state: TrainState, folder: Path) -> None:
 def load_checkpoint(state: TrainState, folder: Path) -> None:
     """Take weights, average and state from a checkpoint."""
     values = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    kept = resumable(state)
     for name, targets in state.weights().items():
-        file = folder / ("model.safetensors" if name == "model" else "ema/model.safetensors")
+        exported = "model.safetensors" if name == "model" else f"{name}/model.safetensors"
+        file = folder / (f"{name}.weights" if name in kept else exported)
         tensors = read_tensors(file)
         check_tensors(targets, tensors, file, {})
         fill(targets, tensors)

@@ -1,8 +1,8 @@
-"""TrainConfig: everything that fixes a training run. This module imports no torch."""
+"""RunConfig: everything that fixes a training run; TrainConfig is that of runs with labels. Imports no torch."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from vitreg_core.config import Config, ViTConfig
@@ -38,25 +38,36 @@ class OptimConfig(Config):
     min_lr: NonNegativeFloat = 1e-5
     """Learning rate at the end of the cosine."""
 
+    @property
+    def warmup(self) -> str:
+        """The field that warms up, with its value."""
+        name = f"warmup_{self.schedule}"
+        return f"{name}={getattr(self, name)}"
 
-class DataConfig(Config):
-    """What to train on."""
+
+class RunData(Config):
+    """Where batches come from."""
 
     path: str = SCENES
     """`scenes`, drawn while training; a folder with one sub-folder (or .tar) of images per class (its `train`, if it
     has one); `hub:org/name` for a data set of the Hugging Face hub; or shards, 'path/*.tar' or 'path/*.parquet'."""
-    label: Literal["class", "relation"] = "class"
-    """What to learn of scenes: texture of the main object (6), or that and the shape of the second object (48)."""
     batch_size: PositiveInt = 256
     """Images per step, over all processes."""
+    workers: NonNegativeInt = 2
+    """Processes that read image files, per training process; any number gives the same pixels. Scenes need none."""
+
+
+class DataConfig(RunData):
+    """What to train on, with labels."""
+
+    label: Literal["class", "relation"] = "class"
+    """What to learn of scenes: texture of the main object (6), or that and the shape of the second object (48)."""
     augment: Literal["three", "three_simple_crop", "rand_augment"] = "three"
     """DeiT-III's 3-Augment after a random resized crop, the same after a simple random crop (ImageNet-22k), or
     RandAugment m9 mstd0.5 inc1 after a random resized crop (its fine-tunes)."""
     repeats: PositiveInt = 1
     """Times that an image is seen in a row, each time augmented anew; DeiT-III's repeated augmentation takes 3, and
     calls a third of the images an epoch."""
-    workers: NonNegativeInt = 2
-    """Processes that read image files, per training process; any number gives the same pixels. Scenes need none."""
 
 
 class MixConfig(Config):
@@ -93,21 +104,15 @@ class ElasticConfig(Config):
     """Mean squared correlation, or cosine, between the attention maps of two registers."""
 
 
-class TrainConfig(Config):
-    """A training run. The number of classes comes from the data."""
+class RunConfig(Config):
+    """What every training run has; each signal adds its own."""
 
+    signal: ClassVar[str]
+    """Module of `signals` that puts the run together."""
     model: ViTConfig = ViTConfig()
     """Shapes of the model."""
-    optim: OptimConfig = OptimConfig()
-    """Optimizer and learning rate."""
-    data: DataConfig = DataConfig()
+    data: RunData = RunData()
     """What to train on."""
-    mix: MixConfig = MixConfig()
-    """Mixing of images."""
-    loss: LossConfig = LossConfig()
-    """Loss of the classifier."""
-    elastic: ElasticConfig = ElasticConfig()
-    """Sampling and diversity of registers."""
     init: str | None = None
     """Weights to start from, any SOURCE of load_model; the head is new unless it fits the classes."""
     steps: PositiveInt | None = None
@@ -116,8 +121,6 @@ class TrainConfig(Config):
     """Passes over the data of the whole run; or give steps."""
     accumulate: PositiveInt = 1
     """Parts that every batch is split into, to fit into memory; the gradient is that of the whole batch."""
-    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Decay of a moving average of the weights, kept beside them (DeiT-III: 0.99996); none keeps no average."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """How several processes share the work: a copy of the model each, or every block split over all."""
     seed: int = Field(default=0, ge=0, lt=2**31)
@@ -141,51 +144,104 @@ class TrainConfig(Config):
     out: Path | None = None
     """Folder of the run; none trains without writing anything."""
 
+    @property
+    def in_pairs(self) -> bool:
+        """Whether the images of a process are taken in pairs."""
+        return False
 
-def check(config: TrainConfig) -> None:
-    """Refuse fields that do not go together.
+    @property
+    def rates(self) -> str:
+        """What to change where a loss is not finite, with the present values."""
+        raise NotImplementedError
 
-    Raises:
-        InputError: names the fields, their values, and what to do.
-    """
-    check_length(config)
-    check_rates(config.optim)
-    check_registers(config)
-    data, loss, init = config.data, config.loss, config.init
-    if config.model.num_classes:
-        raise InputError(
-            f"model.num_classes={config.model.num_classes}: the number of classes comes from the data; leave it at 0"
-        )
-    if loss.name == "bce" and loss.smoothing:
-        raise InputError(
-            f"loss.smoothing={loss.smoothing} with loss.name=bce would make every class a target; "
-            "set smoothing to 0, or name to ce"
-        )
-    if data.label != "class" and data.path != SCENES:
-        raise InputError(f"data.label={data.label} with data.path={data.path}: only scenes have that; use class")
-    if config.strategy == "fsdp2" and config.optim.name == "lamb":
-        raise InputError(
-            "strategy=fsdp2 with optim.name=lamb: LAMB needs the norms of whole tensors, of which every process holds "
-            "a part; use strategy=ddp, or optim.name=adamw"
-        )
-    if init is not None and init.startswith(RUNS) and not Path(init).exists():
-        raise InputError(
-            f"init={init}: nothing there to fine-tune; train {init.removeprefix(RUNS)} first, or give --init SOURCE"
-        )
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            InputError: names the fields, their values, and what to do.
+        """
+        check_length(self)
+        if self.model.num_classes:
+            raise InputError(
+                f"model.num_classes={self.model.num_classes}: the number of classes comes from the data; leave it at 0"
+            )
+        if self.init is not None and self.init.startswith(RUNS) and not Path(self.init).exists():
+            raise InputError(
+                f"init={self.init}: nothing there to fine-tune; train {self.init.removeprefix(RUNS)} first, or give "
+                "--init SOURCE"
+            )
 
 
-def check_length(config: TrainConfig) -> None:
-    """Refuse a run without an end or with two, and a warm-up that outlasts it or that its schedule does not read."""
-    optim, steps, epochs = config.optim, config.steps, config.epochs
-    if (steps is None) == (epochs is None):
-        raise InputError(f"steps={steps} and epochs={epochs}: give one of them, and none for the other")
+class TrainConfig(RunConfig):
+    """A training run with labels, as of DeiT-III. The number of classes comes from the data."""
+
+    signal: ClassVar[str] = "classify"
+    data: DataConfig = DataConfig()
+    """What to train on."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    mix: MixConfig = MixConfig()
+    """Mixing of images."""
+    loss: LossConfig = LossConfig()
+    """Loss of the classifier."""
+    elastic: ElasticConfig = ElasticConfig()
+    """Sampling and diversity of registers."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay of a moving average of the weights, kept beside them (DeiT-III: 0.99996); none keeps no average."""
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return self.mix.active
+
+    @property
+    def rates(self) -> str:
+        """What to change where a loss is not finite."""
+        return f"lower optim.lr={self.optim.lr}, give a longer optim.{self.optim.warmup}, or use precision=fp32"
+
+    def check(self) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            InputError: names the fields, their values, and what to do.
+        """
+        super().check()
+        check_warmup(self)
+        check_rates(self.optim)
+        check_registers(self)
+        if self.data.label != "class" and self.data.path != SCENES:
+            raise InputError(
+                f"data.label={self.data.label} with data.path={self.data.path}: only scenes have that; use class"
+            )
+        if self.loss.name == "bce" and self.loss.smoothing:
+            raise InputError(
+                f"loss.smoothing={self.loss.smoothing} with loss.name=bce would make every class a target; "
+                "set smoothing to 0, or name to ce"
+            )
+        if self.strategy == "fsdp2" and self.optim.name == "lamb":
+            raise InputError(
+                "strategy=fsdp2 with optim.name=lamb: LAMB needs the norms of whole tensors, of which every process "
+                "holds a part; use strategy=ddp, or optim.name=adamw"
+            )
+
+
+def check_length(config: RunConfig) -> None:
+    """Refuse a run without an end, or with two."""
+    if (config.steps is None) == (config.epochs is None):
+        raise InputError(f"steps={config.steps} and epochs={config.epochs}: give one of them, and none for the other")
+
+
+def check_warmup(config: TrainConfig) -> None:
+    """Refuse a warm-up that outlasts the run, or that its schedule does not read."""
+    optim = config.optim
     unread, read = ("warmup_epochs", "warmup_steps") if optim.schedule == "steps" else ("warmup_steps", "warmup_epochs")
     if getattr(optim, unread):
         raise InputError(
             f"optim.{unread}={getattr(optim, unread)} has no effect with optim.schedule={optim.schedule}; "
             f"set it to 0, and give optim.{read}"
         )
-    for unit, warmup, length in (("steps", optim.warmup_steps, steps), ("epochs", optim.warmup_epochs, epochs)):
+    lengths = (("steps", optim.warmup_steps, config.steps), ("epochs", optim.warmup_epochs, config.epochs))
+    for unit, warmup, length in lengths:
         if length is not None and warmup > length:
             raise InputError(f"optim.warmup_{unit}={warmup} of {unit}={length}; warm up for fewer {unit}")
 
@@ -211,7 +267,7 @@ def check_registers(config: TrainConfig) -> None:
         )
 
 
-def local_batch(config: TrainConfig, processes: int) -> int:
+def local_batch(config: RunConfig, processes: int) -> int:
     """Images per step in each process.
 
     Raises:
@@ -220,7 +276,7 @@ def local_batch(config: TrainConfig, processes: int) -> int:
     size = config.data.batch_size
     if size % processes:
         raise InputError(f"data.batch_size={size} does not divide by {processes} processes; give a multiple")
-    if config.mix.active and (size // processes) % 2:
+    if config.in_pairs and (size // processes) % 2:
         raise InputError(
             f"data.batch_size={size} over {processes} processes is odd, and mixing takes pairs; "
             "give an even share, or turn off mix.mixup and mix.cutmix"
@@ -228,7 +284,7 @@ def local_batch(config: TrainConfig, processes: int) -> int:
     return size // processes
 
 
-def check_same(config: TrainConfig, before: TrainConfig) -> None:
+def check_same(config: RunConfig, before: RunConfig) -> None:
     """Refuse to continue a run with another config.
 
     Raises:

@@ -63,15 +63,11 @@ class Log:
 
 def refuse_nan(state: TrainState, metrics: Mapping[str, list[float]]) -> None:
     """Stop at the first value that is not finite."""
-    optim = state.config.optim
-    warmup = f"warmup_{optim.schedule}"
     for name, values in metrics.items():
         for index, value in enumerate(values):
             if not math.isfinite(value):
-                raise InputError(
-                    f"step {state.step - len(values) + index + 1}: {name} is {value}; lower optim.lr={optim.lr}, give "
-                    f"a longer optim.{warmup}={getattr(optim, warmup)}, or use precision=fp32"
-                )
+                at = state.step - len(values) + index + 1
+                raise InputError(f"step {at}: {name} is {value}; {state.config.rates}")
 
 
 @runtime_checkable

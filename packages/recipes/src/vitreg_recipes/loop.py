@@ -5,36 +5,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from torch import nn
 from vitreg_core.errors import InputError
 from vitreg_core.precision import Precision, use_precision
-from vitreg_core.vit import VisionTransformer
 
-from vitreg_recipes.build import build, resolved
-from vitreg_recipes.config import TrainConfig, check
-from vitreg_recipes.data import Batch, open_data
-from vitreg_recipes.ema import Ema
+from vitreg_recipes.config import RunConfig
+from vitreg_recipes.data import Batch
 from vitreg_recipes.hooks import Hook, standard_hooks
 from vitreg_recipes.launch import check_launch
 from vitreg_recipes.measure import Evaluation
-from vitreg_recipes.objectives import Objective
-from vitreg_recipes.objectives.accumulate import Accumulate, check_parts
-from vitreg_recipes.objectives.elastic import make_network, make_objective
-from vitreg_recipes.optim import make_optimizer
+from vitreg_recipes.objectives.accumulate import check_parts
+from vitreg_recipes.parts import assemble
 from vitreg_recipes.run_folder import close_run, open_run
 from vitreg_recipes.state import TrainState
-from vitreg_recipes.strategy import distribute, refuse_lone_process
+from vitreg_recipes.strategy import refuse_lone_process
 from vitreg_recipes.trackers import check_trackers
 
 
 def train(
-    config: TrainConfig,
+    config: RunConfig,
     *,
     resume: bool = False,
     hooks: Iterable[Hook] = (),
     evaluations: Mapping[str, Evaluation] | None = None,
     command: str = "train(config, resume=True)",
-) -> VisionTransformer:
+) -> nn.Module:
     """Train a model; one process of however many the launcher started.
 
     Args:
@@ -72,13 +68,13 @@ def train(
     return state.model.eval()
 
 
-def start(config: TrainConfig) -> Accelerator:
+def start(config: RunConfig) -> Accelerator:
     """Check the config and join the other processes.
 
     Raises:
         InputError: the config does not fit, or the launcher's processes do not know of each other.
     """
-    check(config)
+    config.check()
     check_trackers(config)
     try:
         accelerator = Accelerator(
@@ -95,20 +91,9 @@ def start(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def set_up(config: TrainConfig, accelerator: Accelerator) -> TrainState:
-    """Build the parts of a run. The weights start alike in all processes; what follows is drawn apart."""
-    data = open_data(config)
-    set_seed(config.seed)
-    model = build(config, data)
-    config = resolved(config, model)
-    set_seed(config.seed, device_specific=True)
-    network = distribute(make_network(model, config.elastic), model.blocks, accelerator, config.strategy)
-    optimizer = accelerator.prepare(make_optimizer(model, config.optim))
-    objective: Objective = make_objective(network, accelerator, len(data.classes), config)
-    if config.accumulate > 1:
-        objective = Accumulate(objective, network, accelerator, config.accumulate)
-    ema = None if config.ema is None else Ema(model, config.ema)
-    return TrainState(config, accelerator, data, model, objective, optimizer, ema)
+def set_up(config: RunConfig, accelerator: Accelerator) -> TrainState:
+    """Build the parts of a run."""
+    return TrainState(accelerator, assemble(config, accelerator))
 
 
 def batches(state: TrainState) -> Iterator[Batch]:

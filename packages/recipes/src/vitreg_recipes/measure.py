@@ -1,9 +1,10 @@
 """Measurements while a run trains: token norms, and evaluations that the caller hands in. They change nothing in it."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vitreg_core.errors import InputError
 from vitreg_core.outliers import find_outliers, patch_norms
 from vitreg_core.vit import VisionTransformer
@@ -12,8 +13,8 @@ from vitreg_recipes.data import Share
 from vitreg_recipes.lines import Lines
 from vitreg_recipes.state import TrainState, undisturbed
 
-Evaluation = Callable[[VisionTransformer], Mapping[str, float]]
-"""Named numbers of a model in evaluation mode."""
+Evaluation = Callable[[Any], Mapping[str, float]]
+"""Named numbers of the model of a run, in evaluation mode."""
 NORM_IMAGES = 64
 """Images whose token norms are followed: enough for the mixture rule of find_outliers from 7 x 7 patches on."""
 CHUNK = 16
@@ -40,13 +41,15 @@ class Norms:
             with undisturbed(state):
                 self.lines.write(state, self.measure(state, model.eval()))
 
-    def measure(self, state: TrainState, model: VisionTransformer) -> dict[str, float | None]:
+    def measure(self, state: TrainState, model: nn.Module) -> dict[str, float | None]:
         """Norms of the present model."""
         if self.images is None:
             device = state.accelerator.device
             self.images = next(state.data.batches(0, Share(NORM_IMAGES, 0, 1), device)).images
-        chunks = self.images.to(model.device).split(CHUNK)
-        found = find_outliers(torch.cat([patch_norms(model, chunk)[-1] for chunk in chunks]))
+        tower = model if isinstance(model, VisionTransformer) else model.visual
+        assert isinstance(tower, VisionTransformer)
+        chunks = self.images.to(tower.device).split(CHUNK)
+        found = find_outliers(torch.cat([patch_norms(tower, chunk)[-1] for chunk in chunks]))
         return {
             "median_norm": found.median_norm,
             "max_norm": found.max_norm,

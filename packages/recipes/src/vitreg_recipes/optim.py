@@ -58,6 +58,23 @@ def warmed_cosine(time: int, warmup: int, length: int, config: OptimConfig) -> f
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * time / length)) / 2
 
 
+class CosineSchedule:
+    """The learning rate of `lr_at` for every group."""
+
+    def __init__(self, config: OptimConfig, steps: int, epoch_steps: int) -> None:
+        self.config = config
+        self.steps = steps
+        self.epoch_steps = epoch_steps
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step, from 0."""
+        return lr_at(step, self.config, self.steps, self.epoch_steps)
+
+    def apply(self, optimizer: Optimizer, step: int) -> None:
+        """Set the learning rate of a step."""
+        set_lr(optimizer, self.lr(step))
+
+
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Set the learning rate of every group."""
     for group in optimizer.param_groups:

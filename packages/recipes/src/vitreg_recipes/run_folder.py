@@ -10,7 +10,7 @@ from vitreg_core.provenance import commit, versions
 from vitreg_core.whole import write_json
 
 from vitreg_recipes.checkpoints import load_newest, remove_leftovers, save_export
-from vitreg_recipes.config import TrainConfig, check_same
+from vitreg_recipes.config import check_same
 from vitreg_recipes.state import TrainState
 
 
@@ -44,7 +44,9 @@ def refuse_other_run(state: TrainState, out: Path, *, resume: bool) -> None:
     if not (out / "run.json").exists():
         raise InputError(f"{out}: holds no run to resume; leave out --resume, or give the --out of the run")
     before = read_record(out / "run.json")
-    check_same(state.config, validate(TrainConfig, before.get("config", {}), str(out / "run.json")))
+    if (signal := before.get("signal", state.config.signal)) != state.config.signal:
+        raise InputError(f"{out}: the run there trains with another signal ({signal}); give another --out")
+    check_same(state.config, validate(type(state.config), before.get("config", {}), str(out / "run.json")))
     now = record(state)
     for name in ("processes", "images", "classes"):
         if before.get(name) != now[name]:
@@ -75,6 +77,7 @@ def close_run(state: TrainState) -> None:
 def record(state: TrainState) -> dict[str, Any]:
     """What is needed to run it again."""
     return {
+        "signal": state.config.signal,
         "config": state.config.model_dump(mode="json"),
         "seed": state.config.seed,
         "steps": state.steps,

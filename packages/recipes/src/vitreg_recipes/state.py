@@ -9,59 +9,37 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 from vitreg_core.vit import VisionTransformer
 
-from vitreg_recipes.config import TrainConfig, local_batch
-from vitreg_recipes.data import Data, Share
-from vitreg_recipes.ema import Ema
-from vitreg_recipes.objectives import Objective
-from vitreg_recipes.optim import lr_at, set_lr
+from vitreg_recipes.parts import Parts
 from vitreg_recipes.strategy import fill_optimizer, whole
 
 
 class TrainState:
     """A run under way: all that changes while it trains."""
 
-    def __init__(  # the parts of a run, once each
-        self,
-        config: TrainConfig,
-        accelerator: Accelerator,
-        data: Data,
-        model: VisionTransformer,
-        objective: Objective,
-        optimizer: Optimizer,
-        ema: Ema | None = None,
-    ) -> None:
-        self.config = config
+    def __init__(self, accelerator: Accelerator, parts: Parts) -> None:
         self.accelerator = accelerator
-        self.data = data
-        self.model = model
-        self.objective = objective
-        self.optimizer = optimizer
-        self.ema = ema
-        processes = accelerator.num_processes
-        self.share = Share(local_batch(config, processes), accelerator.process_index, processes)
-        """The part of every batch that is this process's."""
-        self.epoch_steps = data.epoch_steps(self.share)
-        """Optimizer steps of an epoch."""
-        self.steps = config.steps or (config.epochs or 0) * self.epoch_steps
-        """Optimizer steps of the whole run."""
+        self.config = parts.config
+        self.data = parts.data
+        self.model = parts.model
+        self.objective = parts.objective
+        self.optimizer = parts.optimizer
+        self.schedule = parts.schedule
+        self.ema = parts.ema
+        self.others = parts.others
+        self.share, self.epoch_steps, self.steps = parts.extent
         self.step = 0
         """Optimizer steps done."""
         self.data_seconds = 0.0
         """Time spent waiting for batches since the process started."""
-        set_lr(optimizer, self.lr_at(0))
-
-    def lr_at(self, step: int) -> float:
-        """Learning rate of a step, from 0."""
-        return lr_at(step, self.config.optim, self.steps, self.epoch_steps)
+        self.schedule.apply(self.optimizer, 0)
 
     @property
     def lr(self) -> float:
         """Learning rate of the last step."""
-        return self.lr_at(max(self.step - 1, 0))
+        return self.schedule.lr(max(self.step - 1, 0))
 
     def advance(self) -> None:
         """Optimizer step, moving average, step count, schedule."""
@@ -70,27 +48,27 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.model)
         self.step += 1
-        set_lr(self.optimizer, self.lr_at(self.step))
+        self.schedule.apply(self.optimizer, self.step)
 
     def weights(self) -> dict[str, Mapping[str, Tensor]]:
-        """The tensors of `model`, and of `ema` where an average is kept; split where the strategy splits them."""
+        """The tensors of `model`, of `ema` where an average is kept, and of other networks; split where they are."""
         averages = {} if self.ema is None else {"ema": self.ema.tensors}
-        return {"model": self.model.state_dict(), **averages}
+        others = {name: network.state_dict() for name, network in self.others.items()}
+        return {"model": self.model.state_dict(), **averages, **others}
 
-    def models(self) -> dict[str, VisionTransformer]:
+    def models(self) -> dict[str, nn.Module]:
         """The model, and the moving average of it where one is kept. Every process must call it.
 
         Returns:
             `model` and perhaps `ema`; where they are split, the main process gets whole ones, and the others none.
         """
-        main = self.accelerator.is_main_process
-        found: dict[str, VisionTransformer] = {}
-        for name, tensors in self.weights().items():
-            if name == "model" and self.config.strategy == "ddp":
-                found[name] = self.model
-                continue
+        main, copies = self.accelerator.is_main_process, self.config.strategy == "ddp"
+        found: dict[str, nn.Module] = {"model": self.model} if copies else {}
+        split = {"model": self.model.state_dict()} if not copies else {}
+        averages = {} if self.ema is None else {"ema": self.ema.tensors}
+        for name, tensors in {**split, **averages}.items():
             joined = whole(tensors, keep=main)
-            if main or self.config.strategy == "ddp":
+            if main or copies:
                 found[name] = model_of(joined, self.model)
         return found
 
@@ -113,8 +91,9 @@ class TrainState:
         set_random_state(values["random"][self.accelerator.process_index], self.accelerator.device)
 
 
-def model_of(tensors: Mapping[str, Tensor], like: VisionTransformer) -> VisionTransformer:
+def model_of(tensors: Mapping[str, Tensor], like: nn.Module) -> VisionTransformer:
     """A model like another one that holds these tensors themselves, in evaluation mode."""
+    assert isinstance(like, VisionTransformer)  # no other model is averaged or split
     with torch.device("meta"):
         model = VisionTransformer(like.config, like.preprocess.config, source=like.source)
     model.load_state_dict(dict(tensors), assign=True)

@@ -7,13 +7,13 @@ from typing import Any
 
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.config import TrainConfig, flatten
+from vitreg_recipes.config import RunConfig, flatten
 from vitreg_recipes.state import TrainState
 
 PROJECT = "vitreg"
 
 
-def check_trackers(config: TrainConfig) -> None:
+def check_trackers(config: RunConfig) -> None:
     """Refuse trackers that would stay silent; Accelerate leaves out a missing package without a word.
 
     Raises:
@@ -44,7 +44,7 @@ def open_trackers(state: TrainState) -> Iterator[None]:
             tracker.finish()  # not end_training, which would also part the processes
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
+def plain(config: RunConfig) -> dict[str, Any]:
     """The config as the trackers take it: dotted names, and numbers or texts alone."""
     values = flatten(config.model_dump(mode="json"))
     return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in values}

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.config import TrainConfig, local_batch
+from vitreg_recipes.config import RunConfig, local_batch
 from vitreg_recipes.data import Batch
 from vitreg_recipes.objectives import Objective
 
@@ -57,15 +57,15 @@ class Accumulate:
         self.objective.load_state_dict(values)
 
 
-def check_parts(config: TrainConfig, processes: int) -> None:
+def check_parts(config: RunConfig, processes: int) -> None:
     """Refuse parts of different sizes, whose mean is not that of the batch, or that cannot be mixed in pairs.
 
     Raises:
         InputError: names the batch, the processes and the parts.
     """
     share = local_batch(config, processes)
-    if share % config.accumulate or (config.mix.active and share // config.accumulate % 2):
-        pairs = ", each with an even number of images to mix in pairs" if config.mix.active else ""
+    if share % config.accumulate or (config.in_pairs and share // config.accumulate % 2):
+        pairs = ", each with an even number of images to mix in pairs" if config.in_pairs else ""
         raise InputError(
             f"accumulate={config.accumulate}: the {share} images of a process (data.batch_size="
             f"{config.data.batch_size}, {processes} processes) do not split into equal parts{pairs}; change one of them"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vitreg_core.config import nearest, override
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.config import TrainConfig
+from vitreg_recipes.config import RunConfig
 from vitreg_recipes.runs import deit3, registers
 
 
@@ -26,19 +26,18 @@ class Notes(NamedTuple):
     """Images, FLOPs and hours."""
 
 
-def runs_of(module: ModuleType) -> Iterator[tuple[str, Callable[[], TrainConfig]]]:
+def runs_of(module: ModuleType) -> Iterator[tuple[str, Callable[[], RunConfig]]]:
     """Yield the functions of a module that return a config and take nothing."""
     for name, value in vars(module).items():
-        if inspect.isfunction(value) and value.__annotations__ == {"return": TrainConfig}:
+        given = value.__annotations__ if inspect.isfunction(value) else {}
+        if list(given) == ["return"] and isinstance(given["return"], type) and issubclass(given["return"], RunConfig):
             yield name, value
 
 
-RUNS: dict[str, Callable[[], TrainConfig]] = {
-    name: run for module in (deit3, registers) for name, run in runs_of(module)
-}
+RUNS: dict[str, Callable[[], RunConfig]] = {name: run for module in (deit3, registers) for name, run in runs_of(module)}
 
 
-def find(name: str) -> TrainConfig:
+def find(name: str) -> RunConfig:
     """Config of a run, or of one with `_regN` behind its name, which has N registers and starts from a run with N.
 
     Raises:

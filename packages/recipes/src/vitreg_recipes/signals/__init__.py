@@ -1,0 +1,1 @@
+"""A module for each signal, which puts together the parts of its runs: `assemble(config, accelerator) -> Parts`."""
