@@ -1,0 +1,1 @@
+"""What DINOv2's signal is made of: heads, targets, losses, masks, crops, schedules."""
