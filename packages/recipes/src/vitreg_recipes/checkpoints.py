@@ -53,7 +53,7 @@ def save_checkpoint(state: TrainState, folder: Path) -> None:
     def write(temporary: Path) -> None:
         write_models(models, temporary)
         for name, tensors in kept.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / f"{name}.weights")
+            save_tensors(tensors, temporary / f"{name}.weights")
         torch.save(values, temporary / "state.pt")
 
     if state.accelerator.is_main_process:
@@ -86,7 +86,13 @@ def save_export(state: TrainState, out: Path) -> None:
     if not state.accelerator.is_main_process:
         return
     written = out / ".exported.tmp"
-    write_whole(written, lambda temporary: write_models(models, temporary))
+
+    def write(temporary: Path) -> None:
+        write_models(models, temporary)
+        for name in state.exported:
+            save_tensors(state.others[name].state_dict(), temporary / f"{name}.safetensors")
+
+    write_whole(written, write)
     shutil.rmtree(out / "ema", ignore_errors=True)
     for path in sorted(written.iterdir()):  # the weights come last: a folder with them is complete
         path.replace(out / path.name)
@@ -118,6 +124,11 @@ def write_models(models: Mapping[str, nn.Module], folder: Path) -> None:
             save_model(model, where)
         elif isinstance(model, Exported):
             model.export(where)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors under their names."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def resumable(state: TrainState) -> dict[str, Mapping[str, Tensor]]:

@@ -60,6 +60,8 @@ class Parts:
     """Moving average of the model."""
     others: Mapping[str, nn.Module] = field(default_factory=dict)
     """Networks beside the model whose tensors a checkpoint keeps."""
+    exported: tuple[str, ...] = ()
+    """Those of them that the finished run keeps too, in `<name>.safetensors` beside the model."""
 
 
 def extent(config: RunConfig, data: Data, accelerator: Accelerator) -> Extent:

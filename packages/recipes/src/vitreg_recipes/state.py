@@ -29,6 +29,7 @@ class TrainState:
         self.schedule = parts.schedule
         self.ema = parts.ema
         self.others = parts.others
+        self.exported = parts.exported
         self.share, self.epoch_steps, self.steps = parts.extent
         self.step = 0
         """Optimizer steps done."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,10 @@ class Batch:
     """Normalised pixels."""
     labels: Int[Tensor, " b"]
     """Class indices."""
+
+    def split(self, parts: int) -> "list[Batch]":
+        """Equal parts of the batch, in order."""
+        return [Batch(*part) for part in zip(self.images.chunk(parts), self.labels.chunk(parts), strict=True)]
 
 
 class Share(NamedTuple):
@@ -51,5 +55,5 @@ class Data(Protocol):
     def epoch_steps(self, share: Share) -> int:
         """Steps of an epoch, at least 1."""
 
-    def batches(self, step: int, share: Share, device: torch.device) -> Iterator[Batch]:
-        """Yield batches without end, from a step on."""
+    def batches(self, step: int, share: Share, device: torch.device) -> Iterator[Any]:
+        """Yield batches without end, from a step on; what is in them is between the data and the signal."""

@@ -146,8 +146,15 @@ class DinoConfig(RunConfig):
                 raise InputError(f"data.{name}={low} {high}: give two shares of the area, from low to high, at most 1")
         low, high = self.loss.mask_ratios
         if not 0 <= low <= high < 1:
+            raise InputError(f"loss.mask_ratios={low} {high}: give two shares of the patches, low and high, below 1")
+        if self.strategy != "ddp":
+            raise InputError(f"strategy={self.strategy}: student and teacher are copied to every process; use ddp")
+        if not self.model.class_token or not self.model.mask_token:
             raise InputError(
-                f"loss.mask_ratios={low} {high}: give two shares of the patches, low and high, below 1"
+                f"model.class_token={self.model.class_token}, model.mask_token={self.model.mask_token}: the losses "
+                "need both; set them to true"
             )
+        if self.teacher.source is not None and self.loss.gram:
+            raise InputError(f"loss.gram={self.loss.gram} with teacher.source: there is no earlier self to hold to")
         if not self.loss.dino and not self.loss.ibot:
             raise InputError("loss.dino=0 and loss.ibot=0: there is nothing to learn from; give one of them a weight")

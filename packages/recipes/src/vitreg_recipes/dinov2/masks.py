@@ -62,10 +62,7 @@ def draw_masks(
     """
     patches, masked = grid[0] * grid[1], int(crops * share)
     edges = torch.linspace(*ratios, masked + 1).tolist()
-    masks = [
-        draw_mask(grid, int(patches * generator.uniform(low, high)), generator)
-        for low, high in pairwise(edges)
-    ]
+    masks = [draw_mask(grid, int(patches * generator.uniform(low, high)), generator) for low, high in pairwise(edges)]
     masks += [np.zeros(grid, dtype=bool)] * (crops - masked)
     generator.shuffle(masks)
     return torch.from_numpy(np.stack(masks).reshape(crops, patches))

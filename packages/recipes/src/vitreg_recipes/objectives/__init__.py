@@ -5,14 +5,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from vitreg_recipes.data import Batch
-
 
 @runtime_checkable
 class Objective(Protocol):
     """One training signal and the networks it trains."""
 
-    def step(self, batch: Batch) -> Mapping[str, Tensor]:
+    def step(self, batch: Any) -> Mapping[str, Tensor]:  # noqa: ANN401 (each signal has batches of its own)
         """Run forward and backward; returns scalars by name, among them `loss`."""
 
     def clip(self) -> None:

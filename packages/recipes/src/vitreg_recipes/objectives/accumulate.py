@@ -33,11 +33,10 @@ class Accumulate:
         Returns:
             The means of the objective's metrics over the parts.
         """
-        parts = list(zip(batch.images.chunk(self.parts), batch.labels.chunk(self.parts), strict=True))
         found: list[Mapping[str, Tensor]] = []
-        for number, (images, labels) in enumerate(parts, 1):
+        for number, part in enumerate(batch.split(self.parts), 1):
             with nullcontext() if number == self.parts else self.accelerator.no_sync(self.network):
-                found.append(self.objective.step(Batch(images, labels)))
+                found.append(self.objective.step(part))
         return {name: torch.stack([metrics[name] for metrics in found]).mean() for name in found[0]}
 
     def clip(self) -> None:

@@ -10,7 +10,7 @@ from vitreg_core.config import nearest, override
 from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import RunConfig
-from vitreg_recipes.runs import deit3, registers
+from vitreg_recipes.runs import deit3, dinov2, registers
 
 
 class Notes(NamedTuple):
@@ -34,7 +34,9 @@ def runs_of(module: ModuleType) -> Iterator[tuple[str, Callable[[], RunConfig]]]
             yield name, value
 
 
-RUNS: dict[str, Callable[[], RunConfig]] = {name: run for module in (deit3, registers) for name, run in runs_of(module)}
+RUNS: dict[str, Callable[[], RunConfig]] = {
+    name: run for module in (deit3, dinov2, registers) for name, run in runs_of(module)
+}
 
 
 def find(name: str) -> RunConfig:

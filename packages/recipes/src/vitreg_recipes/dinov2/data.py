@@ -1,0 +1,171 @@
+"""Images without labels as crops: scenes, or pictures of a folder, the hub or shards."""
+
+import random
+import sys
+from collections.abc import Iterator
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from vitreg_core.config import PreprocessConfig
+from vitreg_core.data.images import cut_ends
+from vitreg_core.data.scenes import draw_scenes
+from vitreg_core.errors import InputError
+
+from vitreg_recipes.augment import seed_generators, seeded
+from vitreg_recipes.config import SCENES
+from vitreg_recipes.data.batch import Share
+from vitreg_recipes.data.order import Shuffled, Steps
+from vitreg_recipes.data.photos import end_with_parent_only
+from vitreg_recipes.data.scenes import EPOCH
+from vitreg_recipes.dinov2.config import DinoConfig
+from vitreg_recipes.dinov2.crops import Crops, MultiCrop
+from vitreg_recipes.dinov2.masks import draw_masks
+from vitreg_recipes.dinov2.pictures import Pictures, open_pictures
+
+SCENE_SCALE = 2
+"""Side of a scene over that of a global crop, so that crops are parts of it."""
+MASKS, SCENE_CROPS = 1, 2
+"""What tells apart the random numbers of a step."""
+
+
+class CropData:
+    """Batches of crops without end; seed, step and share decide every pixel and every mask.
+
+    Raises:
+        InputError: nothing there, or fewer images than a batch.
+    """
+
+    def __init__(self, config: DinoConfig) -> None:
+        self.config = config
+        self.classes: list[str] = []
+        self.skipped: set[str] = set()
+        self.preprocess = PreprocessConfig(image_size=config.model.image_size)
+        self.crop = MultiCrop(config.data, self.preprocess)
+        size, patch = config.model.size, config.model.patch_size
+        self.grid = (size[0] // patch, size[1] // patch)
+        self.pictures: Pictures | None = None if config.data.path == SCENES else open_pictures(config.data.path)
+        self.images = 0 if self.pictures is None else len(self.pictures)
+        if self.pictures is not None and self.images < config.data.batch_size:
+            raise InputError(
+                f"{config.data.path}: {self.images} images for data.batch_size={config.data.batch_size}; give a "
+                "smaller batch, or more images"
+            )
+
+    def epoch_steps(self, share: Share) -> int:
+        """Whole batches in the data; a fixed number where there is no end."""
+        return EPOCH if self.pictures is None else Shuffled(self.images, self.config.seed).epoch_steps(share)
+
+    def batches(self, step: int, share: Share, device: torch.device) -> Iterator[Crops]:
+        """Yield batches without end, from a step on."""
+        crops = self.of_scenes(step, share) if self.pictures is None else self.of_pictures(self.pictures, step, share)
+        for number, (large, small) in zip(count(step), crops, strict=False):
+            masks = self.masks(number, share)
+            yield Crops(*(part.to(device, non_blocking=True) for part in (large, small, masks)))
+
+    def masks(self, step: int, share: Share) -> Tensor:
+        """Masks of a step; all patches where a larger teacher is distilled."""
+        crops = 2 * share.size
+        if self.config.teacher.source is not None:
+            return torch.ones(crops, self.grid[0] * self.grid[1], dtype=torch.bool)
+        loss = self.config.loss
+        generator = random.Random(step_seed(self.config.seed, step, share.process, MASKS))  # noqa: S311
+        wanted = loss.mask_share if loss.ibot else 0.0
+        return draw_masks(crops, self.grid, generator, share=wanted, ratios=loss.mask_ratios)
+
+    def of_scenes(self, step: int, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops of drawn scenes, each seen once."""
+        side = SCENE_SCALE * self.preprocess.image_size
+        for number in count(step):
+            scenes = draw_scenes(share.size, (self.config.seed, number, share.process), image_size=side)
+            with seeded(step_seed(self.config.seed, number, share.process, SCENE_CROPS)):
+                yield join([self.crop(to_picture(image)) for image in scenes.image])
+
+    def of_pictures(self, pictures: Pictures, step: int, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
+        """Crops of pictures, read by workers."""
+        loader = DataLoader(
+            CropSamples(pictures, self.crop, self.config.seed),
+            batch_sampler=Steps(Shuffled(self.images, self.config.seed), step, share),
+            collate_fn=collate,
+            num_workers=self.config.data.workers,
+            worker_init_fn=end_with_parent_only,
+            generator=torch.Generator(),  # or the loader would draw from the generator of the training
+        )
+        for large, small, skipped in loader:
+            self.report(pictures, skipped)
+            yield large, small
+
+    def report(self, pictures: Pictures, skipped: list[str]) -> None:
+        """Name every unreadable picture once, and give up when they are too many."""
+        for name in dict.fromkeys(skipped):
+            if name not in self.skipped:
+                self.skipped.add(name)
+                tqdm.write(f"{name}: not a readable image, the next one takes its place", file=sys.stderr)
+        if 2 * len(self.skipped) > self.images:
+            raise InputError(
+                f"{pictures.where}: {len(self.skipped)} of {self.images} images cannot be read, such as "
+                f"{min(self.skipped)}; mend or remove them"
+            )
+
+
+class Sample(NamedTuple):
+    """The crops of one picture, and the unreadable files that it stands in for."""
+
+    large: Tensor
+    small: Tensor
+    skipped: list[str]
+
+
+class CropSamples(Dataset[Sample]):
+    """Crops by (place in the run, index): each place has randomness of its own."""
+
+    def __init__(self, pictures: Pictures, crop: MultiCrop, seed: int) -> None:
+        self.pictures = pictures
+        self.crop = crop
+        self.seed = seed
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch; the generators are put back once, after all of them."""
+        with seeded(self.seed):
+            return [self.read(place, index) for place, index in keys]
+
+    def read(self, place: int, index: int) -> Sample:
+        """Read and crop one picture, or the next one that can be read."""
+        skipped: list[str] = []
+        while 2 * len(skipped) <= len(self.pictures):
+            try:
+                image = cut_ends(self.pictures.read(index))
+            except InputError:
+                skipped.append(self.pictures.name(index))
+                index = (index + 1) % len(self.pictures)
+                continue
+            seed_generators(self.seed, place)
+            return Sample(*self.crop(image), skipped)
+        return Sample(*self.crop(Image.new("RGB", (8, 8))), skipped)  # which `report` refuses
+
+
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+    """Join samples into a batch."""
+    return *join([(sample.large, sample.small) for sample in samples]), [n for s in samples for n in s.skipped]
+
+
+def join(crops: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Crops of all images, ordered by crop: the first of every image, the second of every image, ..."""
+    large, small = (torch.stack(parts, dim=1 if parts[0].ndim > 1 else 0) for parts in zip(*crops, strict=True))
+    return large.flatten(0, 1), small.flatten(0, 1)
+
+
+def to_picture(image: Float[Tensor, "3 height width"]) -> Image.Image:
+    """A drawn scene as an 8-bit picture."""
+    return Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def step_seed(*words: int) -> int:
+    """One number from several, which they all decide."""
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
