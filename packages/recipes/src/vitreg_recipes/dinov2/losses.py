@@ -13,11 +13,16 @@ STUDENT_TEMPERATURE = 0.1
 EPSILON = 1e-8
 
 
+def wide(values: Tensor) -> Tensor:
+    """The values in float32, or in float64 where they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def cross_entropy(
     student: Float[Tensor, "*n k"], teacher: Float[Tensor, "*n k"], temperature: float = STUDENT_TEMPERATURE
 ) -> Float[Tensor, "*n"]:
     """Cross-entropy of each row of student logits with its row of teacher targets."""
-    return -(teacher * (student.float() / temperature).log_softmax(dim=-1)).sum(dim=-1)
+    return -(teacher * (wide(student) / temperature).log_softmax(dim=-1)).sum(dim=-1)
 
 
 def dino_loss(
@@ -59,7 +64,7 @@ def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
     The gradient reaches both rows of a pair. It needs two rows.
     """
-    unit = F.normalize(features.float(), dim=-1, eps=EPSILON)
+    unit = F.normalize(wide(features), dim=-1, eps=EPSILON)
     with torch.no_grad():
         similarity = unit @ unit.T
         similarity.fill_diagonal_(-1.0)
@@ -70,7 +75,7 @@ def koleo_loss(features: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
 def gram_loss(student: Float[Tensor, "b p d"], anchor: Float[Tensor, "b p d"]) -> Float[Tensor, ""]:
     """Mean squared difference of the cosines between patches of an image (Gram anchoring, DINOv3, section 4.2)."""
-    ours, theirs = (F.normalize(patches.float(), dim=-1) for patches in (student, anchor))
+    ours, theirs = (F.normalize(wide(patches), dim=-1) for patches in (student, anchor))
     return F.mse_loss(ours @ ours.transpose(1, 2), theirs @ theirs.transpose(1, 2))
 
 

@@ -5,6 +5,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from vitreg_recipes.dinov2.losses import wide
+
 ROUNDS = 3
 """Iterations of Sinkhorn-Knopp."""
 KEPT = 0.9
@@ -41,7 +43,7 @@ class Center(nn.Module):
 
         The mean is taken in each process and then over the processes, each counting the same.
         """
-        logits = logits.float()
+        logits = wide(logits)
         targets = ((logits - self.center) / temperature).softmax(dim=-1)
         mean = logits.mean(dim=0, keepdim=True) if len(logits) else self.center.clone()
         self.center.lerp_(sum_over_processes(mean) / processes(), 1 - KEPT)
@@ -54,7 +56,7 @@ class SinkhornKnopp(nn.Module):
     @torch.no_grad()
     def forward(self, logits: Float[Tensor, "n k"], temperature: float) -> Float[Tensor, "n k"]:
         """Targets whose rows sum to 1. Every process must call it, though it may have no rows."""
-        scaled = logits.float() / temperature
+        scaled = wide(logits) / temperature
         most = scaled.max() if len(scaled) else scaled.new_tensor(-torch.inf)
         if processes() > 1:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)

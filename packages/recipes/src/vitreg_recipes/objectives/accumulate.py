@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import RunConfig, local_batch
-from vitreg_recipes.data import Batch
 from vitreg_recipes.objectives import Objective
 
 
@@ -27,7 +26,7 @@ class Accumulate:
         self.accelerator = accelerator
         self.parts = parts
 
-    def step(self, batch: Batch) -> dict[str, Tensor]:
+    def step(self, batch: Any) -> dict[str, Tensor]:  # noqa: ANN401 (anything that can `split`)
         """Run forward and backward on every part.
 
         Returns:
