@@ -5,26 +5,29 @@ All options of `apps/train.py` count as well; nothing is trained or allocated.
 
 import sys
 
-from vitreg_core.errors import InputError
+from pydantic import create_model
+from vitreg_core.config import Config
 from vitreg_core.options import one_line_errors, parse_options
-from vitreg_recipes.config import TrainConfig
+from vitreg_recipes.config import RunConfig
 from vitreg_recipes.plan import GPUS, Hardware, Plan, plan
 from vitreg_recipes.runs import find, list_runs
 
 PROGRAM = "plan.py"
 
 
-class Options(TrainConfig, Hardware):
-    """A training run, and what to train it on."""
+def with_hardware(kind: type[RunConfig]) -> type[Config]:
+    """The options of a kind of run, and what to train it on."""
+    both: tuple[type[Config], ...] = (kind, Hardware)
+    return create_model("Options", __base__=both, __doc__="A training run, and what to train it on.")
 
 
-def print_plan(name: str, options: Options, found: Plan) -> None:
+def print_plan(name: str, config: RunConfig, options: Hardware, found: Plan) -> None:
     """Print what a run needs, and what was assumed."""
     gpu, count = GPUS[options.gpu], options.gpus
     memory = found.fixed_bytes + found.image_bytes * (found.share // found.accumulate if found.accumulate else 1)
     print(f"{name} on {count} {options.gpu} ({gpu.teraflops:g} TFLOP/s in bf16, {gpu.gigabytes:g} GB each)")
     print(f"  model    {found.parameters / 1e6:.1f} M parameters; {found.flops / 1e9:.0f} GFLOP per image, both ways")
-    print(f"  run      {found.images:.3g} images in {found.steps} steps of {options.data.batch_size}")
+    print(f"  run      {found.images:.3g} images in {found.steps} steps of {config.data.batch_size}")
     print(f"  compute  {found.flops * found.images:.2e} FLOP")
     print(
         f"  memory   {memory / 1e9:.0f} GB per GPU: {found.fixed_bytes / 1e9:.1f} for weights, gradients, optimizer, "
@@ -52,12 +55,10 @@ def main(arguments: list[str]) -> None:
     name, *rest = arguments
     with one_line_errors(PROGRAM):
         run = find(name)
-        if not isinstance(run, TrainConfig):
-            raise InputError(f"{name}: costs are counted for runs with labels only; give one of deit3_...")
-        options = parse_options(Options(**run.model_dump()), rest, f"{PROGRAM} {name}")
-        config = TrainConfig(**options.model_dump(include=set(TrainConfig.model_fields)))
+        options = parse_options(with_hardware(type(run))(**run.model_dump()), rest, f"{PROGRAM} {name}")
+        config = type(run)(**options.model_dump(include=set(type(run).model_fields)))
         hardware = Hardware(**options.model_dump(include=set(Hardware.model_fields)))
-        print_plan(name, options, plan(config, hardware))
+        print_plan(name, config, hardware, plan(config, hardware))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,11 @@ def evaluations(options: RunConfig) -> Mapping[str, "Evaluation"]:
             "and val in it, have a validation split; set evaluate_every to none"
         )
     relation = isinstance(options, TrainConfig) and options.data.label == "relation"
-    return evaluations(folder, "relation" if relation else "label", options.precision)
+    found = evaluations(folder, "relation" if relation else "label", options.precision)
+    if options.signal != "contrast":
+        return found
+    knn = found["knn"]  # its head names no classes
+    return {"knn": lambda model: knn(model.visual)}
 
 
 def print_next(options: RunConfig) -> None:
@@ -137,7 +141,7 @@ def print_next(options: RunConfig) -> None:
         photo = None
     if photo is not None:
         print(f"trained; to name the class of a photo:\n\n{SNIPPET.format(out=str(options.out), photo=str(photo))}\n")
-    print(f"trained; next: vitreg-eval knn --model {options.out}")
+    print(f"trained; next: vitreg-eval {'zeroshot' if options.signal == 'contrast' else 'knn'} --model {options.out}")
 
 
 def main(arguments: list[str]) -> None:

@@ -41,6 +41,8 @@ SMALL = {
     "head.bottleneck": 8,
     "optim.warmup_steps": 2,
     "optim.freeze_last_steps": 1,
+    "loss.centering": "center",
+    "teacher.temperature": (0.04, 0.07),
     "teacher.momentum": 0.9,
     "teacher.temperature_steps": 4,
     "steps": 6,

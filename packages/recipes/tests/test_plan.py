@@ -32,7 +32,7 @@ def test_a_batch_that_does_not_fit_is_split_into_equal_parts() -> None:
     assert found.share % found.accumulate == 0
     assert found.share // found.accumulate <= found.room < found.share // (found.accumulate // 2)
     assert plan(override(config, {"strategy": "fsdp2"}), Hardware(gpu="rtx4090", gpus=8)).room > found.room
-    assert (parts(config, 8, 3), parts(config, 8, 1), parts(config, 6, 0)) == (4, 0, 0)  # CutMix takes pairs
+    assert (parts(2, 8, 3), parts(2, 8, 1), parts(2, 6, 0)) == (4, 0, 0)  # CutMix takes pairs
 
 
 @pytest.mark.parametrize("size", [{"embed_dim": 384}, {"embed_dim": 768, "num_heads": 12, "image_size": 384}])

@@ -9,41 +9,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitreg_core.config import Config, PreprocessConfig, ViTConfig
+from vitreg_core.clip_config import CLIP_MEAN as CLIP_MEAN
+from vitreg_core.clip_config import CLIP_STD as CLIP_STD
+from vitreg_core.clip_config import ClipConfig as ClipConfig
+from vitreg_core.clip_config import TextConfig as TextConfig
+from vitreg_core.clip_config import clip_vision as clip_vision
+from vitreg_core.config import PreprocessConfig
 from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 from vitreg_core.vit import VisionTransformer
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TEMPERATURE = 0.07
 """Of the softmax at the start; the scale of the logits is one over it."""
-
-
-class TextConfig(Config):
-    """Shapes of open_clip's text tower."""
-
-    context_length: int = 77
-    """Tokens of a text, start and end included."""
-    vocab_size: int = 49_408
-    """Tokens that there are."""
-    width: int = 512
-    """Width of a token."""
-    heads: int = 8
-    """Attention heads."""
-    layers: int = 12
-    """Blocks."""
-
-
-class ClipConfig(Config):
-    """What fixes the shapes of a dual encoder."""
-
-    vision: ViTConfig
-    """The image tower; its `num_classes` is the width of the joint space."""
-    text: TextConfig = TextConfig()
-    """The text tower; its activation is that of the image tower."""
-    bias: bool = False
-    """Whether the logits have a learned bias, as SigLIP needs."""
 
 
 class Encoded(NamedTuple):
@@ -51,17 +28,6 @@ class Encoded(NamedTuple):
 
     images: Float[Tensor, "b e"]
     texts: Float[Tensor, "b e"]
-
-
-def clip_vision(**fields: object) -> ViTConfig:
-    """Shapes of open_clip's image tower: ViT-B/16 with a joint space of 512, unless fields say otherwise.
-
-    LayerNorm before the blocks and after the registers join, no bias in patch embedding and projection, a position for
-    the class token, epsilon 1e-5. Registers start with the deviation of the class token: near 0 they would stay alike.
-    """
-    tower = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, "num_classes": 512}
-    kind = {"pre_norm": True, "patch_bias": False, "head_bias": False, "class_position": True}
-    return ViTConfig.model_validate({**tower, **kind, "norm_eps": 1e-5, "init": "clip", **fields})
 
 
 class DualEncoder(nn.Module):

@@ -154,6 +154,17 @@ class RunConfig(Config):
         """What to change where a loss is not finite, with the present values."""
         raise NotImplementedError
 
+    def check_outputs(self) -> None:
+        """Refuse a number of outputs that is not the config's to say.
+
+        Raises:
+            InputError: names it.
+        """
+        if self.model.num_classes:
+            raise InputError(
+                f"model.num_classes={self.model.num_classes}: the number of classes comes from the data; leave it at 0"
+            )
+
     def check(self) -> None:
         """Refuse fields that do not go together.
 
@@ -161,10 +172,7 @@ class RunConfig(Config):
             InputError: names the fields, their values, and what to do.
         """
         check_length(self)
-        if self.model.num_classes:
-            raise InputError(
-                f"model.num_classes={self.model.num_classes}: the number of classes comes from the data; leave it at 0"
-            )
+        self.check_outputs()
         if self.init is not None and self.init.startswith(RUNS) and not Path(self.init).exists():
             raise InputError(
                 f"init={self.init}: nothing there to fine-tune; train {self.init.removeprefix(RUNS)} first, or give "

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vitreg_core.errors import InputError
-from vitreg_core.outliers import find_outliers, patch_norms
+from vitreg_core.outliers import find_outliers
 from vitreg_core.vit import VisionTransformer
 
 from vitreg_recipes.data import Share
@@ -21,10 +21,16 @@ CHUNK = 16
 """Images that pass the model at a time, as the tokens of all blocks are kept."""
 
 
-class Norms:
-    """Every few steps, one line of `norms.jsonl` on the patch tokens after the last block, before the final norm.
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+"""Of the patch norms, in the line of a measurement."""
 
-    The images are the first of the run, prepared as for training, and the same every time.
+
+class Norms:
+    """Every few steps, one line of `norms.jsonl` on the tokens after the last block, before the final norm.
+
+    Verdict, quantiles and registers of the model, and where a student is trained beside it the same of that, as
+    `student_...` (registers paper, Fig. 4b). The images are the first of the run, prepared as for training, and the
+    same every time.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -39,23 +45,51 @@ class Norms:
         model = state.models().get("model")
         if model is not None and state.accelerator.is_main_process:
             with undisturbed(state):
-                self.lines.write(state, self.measure(state, model.eval()))
+                self.lines.write(state, self.measure(state, model))
 
     def measure(self, state: TrainState, model: nn.Module) -> dict[str, float | None]:
-        """Norms of the present model."""
+        """Norms of the present model, and of its student."""
         if self.images is None:
             device = state.accelerator.device
             self.images = next(state.data.batches(0, Share(NORM_IMAGES, 0, 1), device)).images
-        tower = model if isinstance(model, VisionTransformer) else model.visual
-        assert isinstance(tower, VisionTransformer)
-        chunks = self.images.to(tower.device).split(CHUNK)
-        found = find_outliers(torch.cat([patch_norms(tower, chunk)[-1] for chunk in chunks]))
-        return {
-            "median_norm": found.median_norm,
-            "max_norm": found.max_norm,
-            "outlier_fraction": found.fraction,
-            "cutoff": found.cutoff,
-        }
+        found = norms_of(tower(model), self.images)
+        student = state.others.get("student")
+        if student is None:
+            return found
+        training, backbone = student.training, student.backbone
+        assert isinstance(backbone, VisionTransformer)
+        theirs = norms_of(backbone, self.images)
+        student.train(training)
+        return found | {f"student_{name}": value for name, value in theirs.items()}
+
+
+def tower(model: nn.Module) -> VisionTransformer:
+    """The vision transformer of a model."""
+    found = model if isinstance(model, VisionTransformer) else model.visual
+    assert isinstance(found, VisionTransformer)
+    return found
+
+
+@torch.no_grad()
+def norms_of(model: VisionTransformer, images: Tensor) -> dict[str, float | None]:
+    """Verdict on outliers among the patches of some images, and quantiles of their norms and of the registers'."""
+    model.eval()
+    chunks = images.to(model.device).split(CHUNK)
+    last = [model.intermediate(chunk, [-1], norm=False)[0] for chunk in chunks]
+    patches = torch.cat([part.patches.float().norm(dim=-1) for part in last])
+    registers = torch.cat([part.registers.float().norm(dim=-1) for part in last])
+    found = find_outliers(patches)
+    cuts = patches.flatten().quantile(patches.new_tensor(QUANTILES)).tolist()
+    return {
+        "outliers": float(found.found),
+        "median_norm": found.median_norm,
+        "max_norm": found.max_norm,
+        "outlier_fraction": found.fraction,
+        "cutoff": found.cutoff,
+        **{f"q{round(100 * share):02}": cut for share, cut in zip(QUANTILES, cuts, strict=True)},
+        "register_mean": registers.mean().item() if registers.numel() else None,
+        "register_max": registers.max().item() if registers.numel() else None,
+    }
 
 
 class Evaluate:

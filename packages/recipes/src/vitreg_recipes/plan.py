@@ -1,12 +1,14 @@
 """What a run needs on GPUs: memory, time and cores, counted by `model_cost`; assumptions are fields with a value."""
 
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from vitreg_core.config import Config, override
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.config import TrainConfig
+from vitreg_recipes.config import RunConfig, TrainConfig
+from vitreg_recipes.dinov2.config import DinoConfig, DinoHeadConfig
 
 
 class Gpu(NamedTuple):
@@ -29,6 +31,8 @@ DATA_SETS = {"imagenet": (1_281_167, 1000), "imagenet22k": (14_197_122, 21_841)}
 """Images and classes of what the runs name as their data."""
 BF16_SHARE = 0.55
 """What bfloat16 autocast keeps for the backward pass, over float32: norms and the residual stream stay float32."""
+LOGIT = 8
+"""Bytes of a logit of the student and of its target, in float32."""
 TRAINING = 3
 """Operations of forward and backward pass over those of the forward pass."""
 
@@ -81,44 +85,134 @@ class Plan(NamedTuple):
     """CPU cores that keep up with the GPUs, over all machines."""
 
 
-def plan(config: TrainConfig, hardware: Hardware) -> Plan:
+class Work(NamedTuple):
+    """What a signal asks of a GPU."""
+
+    parameters: int
+    """Numbers that are learned."""
+    flops: int
+    """Operations of one image, forward and backward."""
+    fixed_bytes: int
+    """Memory for weights, gradients and optimizer."""
+    image_bytes: int
+    """Memory for what the backward pass needs of each image."""
+    unit: int
+    """Images that must stay together."""
+
+
+def plan(config: RunConfig, hardware: Hardware) -> Plan:
     """Count what a run needs.
 
     Raises:
-        InputError: data of unknown size, a batch that does not divide by the GPUs, or a model that cannot be built.
+        InputError: a signal without counts, data of unknown size, a batch that does not divide by the GPUs, or a model
+            that cannot be built.
     """
-    from vitreg_core.cost import model_cost  # not above: options are checked before torch is there
-
     known = DATA_SETS.get(config.data.path, (None, None))
-    steps, classes = length(config, hardware.images or known[0]), hardware.classes or known[1]
-    if classes is None:
-        raise InputError(f"data.path={config.data.path}: give the number of classes (--classes N)")
+    steps = length(config, hardware.images or known[0])
     batch, gpu = config.data.batch_size, GPUS[hardware.gpu]
     if batch % hardware.gpus:
         raise InputError(f"data.batch_size={batch} does not divide by gpus={hardware.gpus}; give a divisor")
-    cost = model_cost(override(config.model, {"num_classes": classes}))
-    fixed = cost.parameters * parameter_bytes(config, hardware.gpus)
-    image = round(cost.training_bytes * BF16_SHARE)
-    room = max(0, int((gpu.gigabytes * 1e9 * (1 - hardware.reserve) - fixed) // image))
+    if isinstance(config, TrainConfig):
+        work = supervised(config, hardware, hardware.classes or known[1])
+    elif isinstance(config, DinoConfig):
+        work = self_supervised(config)
+    else:
+        raise InputError(f"costs are counted for the runs deit3_... and dino..., not for a {type(config).__name__}")
+    room = max(0, int((gpu.gigabytes * 1e9 * (1 - hardware.reserve) - work.fixed_bytes) // work.image_bytes))
     share = batch // hardware.gpus
-    rate = hardware.gpus * gpu.teraflops * 1e12 * hardware.mfu / (TRAINING * cost.flops)
+    rate = hardware.gpus * gpu.teraflops * 1e12 * hardware.mfu / work.flops
     return Plan(
-        parameters=cost.parameters,
-        flops=TRAINING * cost.flops,
+        parameters=work.parameters,
+        flops=work.flops,
         images=steps * batch,
         steps=steps,
-        fixed_bytes=fixed,
-        image_bytes=image,
+        fixed_bytes=work.fixed_bytes,
+        image_bytes=work.image_bytes,
         room=room,
         share=share,
-        accumulate=parts(config, share, room),
+        accumulate=parts(work.unit, share, room),
         images_per_second=rate,
         days=steps * batch / rate / 86_400,
         cores=-int(-rate // hardware.core_rate),
     )
 
 
-def length(config: TrainConfig, images: int | None) -> int:
+def supervised(config: TrainConfig, hardware: Hardware, classes: int | None) -> Work:
+    """Work of a run with labels.
+
+    Raises:
+        InputError: the number of classes is not known.
+    """
+    from vitreg_core.cost import model_cost  # not above: options are checked before torch is there
+
+    if classes is None:
+        raise InputError(f"data.path={config.data.path}: give the number of classes (--classes N)")
+    cost = model_cost(override(config.model, {"num_classes": classes}))
+    return Work(
+        parameters=cost.parameters,
+        flops=TRAINING * cost.flops,
+        fixed_bytes=cost.parameters * parameter_bytes(config, hardware.gpus),
+        image_bytes=round(cost.training_bytes * BF16_SHARE),
+        unit=2 if config.mix.active else 1,
+    )
+
+
+def self_supervised(config: DinoConfig) -> Work:
+    """Work of student and teacher: the student on all crops, the teacher on the global ones; heads included.
+
+    Beside weight, gradient and moments (16 bytes), copies for autocast (2) and of AdamW's update, or what DDP sends (4)
+    there is the teacher (4). Logits are kept in float32, of student and teacher; KoLeo needs two images. A teacher that
+    is distilled counts as a model of the student's size.
+    """
+    from vitreg_core.cost import model_cost
+
+    large = model_cost(config.model)
+    small = model_cost(config.model, config.data.local_size)
+    heads = [config.head, *([config.ibot_head] if config.ibot_head else [])]
+    learned = large.parameters + sum(head_weights(config.model.embed_dim, head) for head in heads)
+    kept = 2 * large.training_bytes + config.data.local_crops * small.training_bytes
+    logits = cls_rows(config) * heads[0].prototypes + patch_rows(config) * heads[-1].prototypes
+    return Work(
+        parameters=learned,
+        flops=step_flops(config),
+        fixed_bytes=learned * (16 + 4 + 2 + 4),
+        image_bytes=round(kept * BF16_SHARE) + LOGIT * logits,
+        unit=2 if config.loss.koleo else 1,
+    )
+
+
+def step_flops(config: DinoConfig) -> int:
+    """Operations of one image: student forward and backward on all crops, teacher forward on the global ones."""
+    from vitreg_core.cost import model_cost
+
+    large, small = model_cost(config.model).flops, model_cost(config.model, config.data.local_size).flops
+    width, cls, patches = config.model.embed_dim, cls_rows(config), patch_rows(config)
+    one, other = (2 * head_weights(width, head) for head in (config.head, config.ibot_head or config.head))
+    student = 2 * large + config.data.local_crops * small + cls * one + patches * other
+    teacher = 2 * large + 2 * one + patches * other
+    return TRAINING * student + teacher
+
+
+def cls_rows(config: DinoConfig) -> int:
+    """Class tokens of an image that pass the student's head."""
+    return 2 + config.data.local_crops
+
+
+def patch_rows(config: DinoConfig) -> int:
+    """Patches of an image that pass a head, on average."""
+    patches = 2 * config.model.grid[0] * config.model.grid[1]
+    if config.teacher.source is not None:
+        return patches
+    return round(patches * config.loss.mask_share * sum(config.loss.mask_ratios) / 2) if config.masks else 0
+
+
+def head_weights(width: int, head: DinoHeadConfig) -> int:
+    """Weights of the matrix products of a head; each counts two operations per row."""
+    widths = [width, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
+    return sum(before * after for before, after in pairwise(widths))
+
+
+def length(config: RunConfig, images: int | None) -> int:
     """Optimizer steps of a run.
 
     Raises:
@@ -144,8 +238,7 @@ def parameter_bytes(config: TrainConfig, gpus: int) -> int:
     return lasting + 2 + max(sent, 4 if config.optim.name == "adamw" else 0)
 
 
-def parts(config: TrainConfig, share: int, room: int) -> int:
-    """The fewest equal parts of a share that fit, pairs kept together where they are mixed."""
-    unit = 2 if config.mix.active else 1
+def parts(unit: int, share: int, room: int) -> int:
+    """The fewest equal parts of a share that fit, each of a multiple of `unit` images."""
     fitting = (count for count in range(1, share // unit + 1) if share % (count * unit) == 0 and share // count <= room)
     return next(fitting, 0)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from vitreg_core.clip import ClipConfig, DualEncoder, TextConfig
+from vitreg_core.clip import DualEncoder
+from vitreg_core.clip_config import ClipConfig, TextConfig
 from vitreg_core.config import ViTConfig, validate
 from vitreg_core.errors import InputError
 from vitreg_core.weights.families import read_model

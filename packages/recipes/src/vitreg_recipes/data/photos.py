@@ -92,20 +92,30 @@ class PhotoData:
             generator=torch.Generator(),  # or the loader would draw from the generator of the training
         )
         for images, labels, skipped in loader:
-            self.report(skipped)
+            report(skipped, self.skipped, self.photos.where, self.images)
             yield Batch(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
-    def report(self, skipped: list[str]) -> None:
-        """Name every unreadable image once, and give up when they are too many."""
-        for name in dict.fromkeys(skipped):
-            if name not in self.skipped:
-                self.skipped.add(name)
-                tqdm.write(f"{name}: not a readable image, the next one takes its place", file=sys.stderr)
-        if 2 * len(self.skipped) > self.images:
-            raise InputError(
-                f"{self.photos.where}: {len(self.skipped)} of {self.images} images cannot be read, such as "
-                f"{min(self.skipped)}; mend or remove them"
-            )
+
+def report(met: list[str], skipped: set[str], where: str, images: int) -> None:
+    """Name every unreadable image once, and give up when they are too many.
+
+    Args:
+        met: names of those in a batch.
+        skipped: those met so far; they are added.
+        where: where the images lie.
+        images: how many there are.
+
+    Raises:
+        InputError: over half cannot be read.
+    """
+    for name in dict.fromkeys(met):
+        if name not in skipped:
+            skipped.add(name)
+            tqdm.write(f"{name}: not a readable image, the next one takes its place", file=sys.stderr)
+    if 2 * len(skipped) > images:
+        raise InputError(
+            f"{where}: {len(skipped)} of {images} images cannot be read, such as {min(skipped)}; mend or remove them"
+        )
 
 
 class Sample(NamedTuple):

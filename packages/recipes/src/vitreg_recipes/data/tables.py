@@ -17,20 +17,23 @@ from vitreg_core.errors import InputError
 from vitreg_recipes.data.tars import LABEL_NAMES, number_classes, refuse_wide
 
 
-class TablePhotos:
-    """Rows of a `datasets.Dataset`.
+class TableImages:
+    """Images in the rows of a `datasets.Dataset`.
 
     Raises:
-        InputError: no column of images, no or several columns of labels, or rows without a label.
+        InputError: no column of images, or no rows.
     """
 
     def __init__(self, where: str, table: Any) -> None:  # noqa: ANN401 (a type of `datasets`)
         self.where = where
         self.image = image_column(where, table)
-        label = label_column(where, table)
-        self.classes, self.labels = read_labels(where, table.features[label], table.with_format("numpy")[label][:])
+        if not len(table):
+            raise InputError(f"data.path={where}: 0 rows found; give data with images")
         self.rows = table.select_columns([self.image])
         self.rows = self.rows.cast_column(self.image, require_datasets(where).Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def file(self, index: int) -> dict[str, Any]:
         """`bytes` and `path` of an image file, either of which may be None."""
@@ -51,6 +54,19 @@ class TablePhotos:
         if file["bytes"] is None and file["path"]:
             return read_image(Path(file["path"]))
         return decode_image(file["bytes"] or b"", self.where)
+
+
+class TablePhotos(TableImages):
+    """Rows with labels.
+
+    Raises:
+        InputError: no column of images, no or several columns of labels, or rows without a label.
+    """
+
+    def __init__(self, where: str, table: Any) -> None:  # noqa: ANN401 (a type of `datasets`)
+        super().__init__(where, table)
+        label = label_column(where, table)
+        self.classes, self.labels = read_labels(where, table.features[label], table.with_format("numpy")[label][:])
 
 
 def hub_photos(name: str) -> TablePhotos:
@@ -115,11 +131,9 @@ def read_labels(where: str, feature: Any, values: Any) -> tuple[list[str], np.nd
     """Names of the classes, and the class of each row.
 
     Raises:
-        InputError: there are no rows, or rows without a label.
+        InputError: rows without a label.
     """
     labels = np.asarray(values)
-    if not len(labels):
-        raise InputError(f"data.path={where}: 0 rows found; give data with images")
     if labels.dtype.kind in "iu" and labels.min() >= 0:
         names = getattr(feature, "names", None)
         if names is None:

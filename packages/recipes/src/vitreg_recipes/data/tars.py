@@ -9,10 +9,10 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -22,8 +22,11 @@ from vitreg_core.data.images import SUFFIXES, decode_image
 from vitreg_core.errors import InputError
 from vitreg_core.weights.download import cache_folder
 
+N = TypeVar("N", bound=Any)  # a named tuple
 LABEL_NAMES = ("label", "cls")
 """Entries of a key.json, and columns of a table, that hold the class."""
+LABEL_SUFFIXES = (".cls", ".json")
+"""Files of a shard that hold the class."""
 
 
 class Member(NamedTuple):
@@ -74,11 +77,8 @@ class TarPhotos:
         self.classes: list[str] = index.classes.tolist()
 
     def name(self, index: int) -> str:
-        """Tar and member; looked up in the tar, as only damaged ones are asked for."""
-        shard = self.shards[self.index.shards[index]]
-        with tarfile.open(shard, "r:") as archive:
-            names = (member.name for member in archive if member.offset_data == self.index.offsets[index])
-            return f"{shard}/{next(names, f'byte {self.index.offsets[index]}')}"
+        """Tar and member."""
+        return member_name(self.shards[self.index.shards[index]], self.index.offsets[index])
 
     def read(self, index: int) -> Image.Image:
         """Read an image by its place in its tar.
@@ -87,29 +87,56 @@ class TarPhotos:
             InputError: it cannot be read.
         """
         shard = self.shards[self.index.shards[index]]
-        try:
-            with shard.open("rb") as file:
-                file.seek(self.index.offsets[index])
-                data = file.read(self.index.sizes[index])
-        except OSError as error:
-            raise InputError(f"{shard}: cannot be read ({error})") from None
-        return decode_image(data, str(shard))
+        return decode_image(read_bytes(shard, self.index.offsets[index], self.index.sizes[index]), str(shard))
+
+
+def read_bytes(shard: Path, offset: int | np.integer, size: int | np.integer) -> bytes:
+    """Read a member by its place.
+
+    Raises:
+        InputError: the tar cannot be read.
+    """
+    try:
+        with shard.open("rb") as file:
+            file.seek(int(offset))
+            return file.read(int(size))
+    except OSError as error:
+        raise InputError(f"{shard}: cannot be read ({error})") from None
+
+
+def member_name(shard: Path, offset: int | np.integer) -> str:
+    """Tar and member; looked up in the tar, as only damaged ones are asked for."""
+    with tarfile.open(shard, "r:") as archive:
+        names = (member.name for member in archive if member.offset_data == offset)
+        return f"{shard}/{next(names, f'byte {offset}')}"
 
 
 def cached_index(shards: list[Path], *, labelled: bool) -> Index:
     """The index of some tars: from the cache if none has changed since, else made and kept there."""
+    return cached(Index, shards, labelled, lambda: make_index(shards, labelled=labelled))
+
+
+def cached(kind: Callable[..., N], shards: list[Path], how: object, make: Callable[[], N]) -> N:
+    """What the headers of some tars say, as arrays: from the cache if no tar has changed since, else made and kept.
+
+    Args:
+        kind: a named tuple of arrays.
+        shards: the tars.
+        how: what else decides about the result; JSON.
+        make: makes it.
+    """
     known = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
-    name = hashlib.sha256(json.dumps([known, labelled]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([known, how]).encode()).hexdigest()[:32]
     file = cache_folder() / "shards" / f"{name}.npz"
-    with suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
-        return Index(*(kept[field] for field in Index._fields))
-    index = make_index(shards, labelled=labelled)
+    with suppress(OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile), np.load(file) as kept:
+        return kind(**{field: kept[field] for field in kept.files})
+    found = make()
     with suppress(OSError):  # a cache that cannot be written costs time alone
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{name}.{os.getpid()}.npz")
-        np.savez(temporary, **index._asdict())
+        np.savez(temporary, **found._asdict())
         temporary.replace(file)
-    return index
+    return found
 
 
 def make_index(shards: list[Path], *, labelled: bool) -> Index:
@@ -174,9 +201,7 @@ def labelled_images(shard: Path) -> list[Member]:
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, str] = {}
     for member, text in members(shard):
-        folder, slash, file = member.name.rpartition("/")
-        stem, _, suffix = file.partition(".")
-        key, suffix = folder + slash + stem, f".{suffix.lower()}"
+        key, suffix = split_key(member.name)
         if suffix in SUFFIXES:
             images.setdefault(key, member)
         label = read_label(suffix, text)
@@ -191,13 +216,17 @@ def labelled_images(shard: Path) -> list[Member]:
     return [Member(key, member.offset_data, member.size, labels[key]) for key, member in images.items()]
 
 
-def members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """Files in a tar, with the text of those that may hold a label."""
+def members(shard: Path, texts: tuple[str, ...] = LABEL_SUFFIXES) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Files in a tar, with the text of those whose name ends in one of `texts`.
+
+    Raises:
+        InputError: the tar is damaged.
+    """
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 if member.isfile() and not Path(member.name).name.startswith("."):
-                    text = archive.extractfile(member) if member.name.lower().endswith((".cls", ".json")) else None
+                    text = archive.extractfile(member) if member.name.lower().endswith(texts) else None
                     yield member, text.read().decode(errors="replace").strip() if text else ""
             with shard.open("rb") as file:  # tarfile takes a broken header for the end
                 file.seek(archive.offset)
@@ -205,6 +234,13 @@ def members(shard: Path) -> Iterator[tuple[tarfile.TarInfo, str]]:
                     raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise InputError(f"{shard}: not a whole, uncompressed tar ({error}); fetch or make it again") from None
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """What names a sample in a shard, up to the first dot after the folders, and the suffix in lower case."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, suffix = file.partition(".")
+    return folder + slash + stem, f".{suffix.lower()}"
 
 
 def read_label(suffix: str, text: str) -> str:

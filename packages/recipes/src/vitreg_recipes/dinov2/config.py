@@ -3,13 +3,14 @@
 Lengths that the official configs give in epochs of 1,250 iterations are steps here.
 """
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from vitreg_core.config import Config
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.config import RunConfig, RunData
+from vitreg_recipes.config import RUNS, RunConfig, RunData
 
 
 class CropsConfig(RunData):
@@ -28,9 +29,12 @@ class CropsConfig(RunData):
     """Local crops of an image."""
     local_size: PositiveInt = 96
     """Side of a local crop in pixels, a multiple of the patch."""
-    blur: Literal["effective", "nominal"] = "effective"
+    blur: Literal["effective", "nominal", "none"] = "effective"
     """How often the first global, second global and local crops are blurred: 0, 0.9, 0.5 as the released models were
-    trained, or 1, 0.1, 0.5 as the papers say; the official code hands the complement on."""
+    trained, or 1, 0.1, 0.5 as the papers say; the official code hands the complement on. None suits tiny crops, of
+    which the blur leaves little."""
+    jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.4, 0.4, 0.2, 0.1)
+    """Greatest change of brightness, contrast, saturation and, at most 0.5, hue."""
 
 
 class DinoHeadConfig(Config):
@@ -95,6 +99,8 @@ class DinoOptimConfig(Config):
     """Factor on the learning rate of the patch embedding."""
     freeze_last_steps: NonNegativeInt = 1250
     """Steps at the start in which the prototypes rest."""
+    freeze_backbone_steps: NonNegativeInt = 0
+    """Steps at the start in which only the heads learn, which are new beside a backbone from `init`."""
     clip: PositiveFloat = 3.0
     """Greatest gradient norm of the backbone, and of each head."""
 
@@ -115,6 +121,11 @@ class DinoConfig(RunConfig):
     """Losses."""
     teacher: TeacherConfig = TeacherConfig()
     """Teacher."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether patches are hidden from the student."""
+        return self.loss.ibot > 0 and self.teacher.source is None
 
     @property
     def rates(self) -> str:
@@ -144,17 +155,27 @@ class DinoConfig(RunConfig):
             low, high = getattr(self.data, name)
             if not 0 < low <= high <= 1:
                 raise InputError(f"data.{name}={low} {high}: give two shares of the area, from low to high, at most 1")
+        if self.data.jitter[3] > 0.5:
+            raise InputError(f"data.jitter: a hue of {self.data.jitter[3]} goes round the circle; give at most 0.5")
         low, high = self.loss.mask_ratios
         if not 0 <= low <= high < 1:
             raise InputError(f"loss.mask_ratios={low} {high}: give two shares of the patches, low and high, below 1")
         if self.strategy != "ddp":
             raise InputError(f"strategy={self.strategy}: student and teacher are copied to every process; use ddp")
-        if not self.model.class_token or not self.model.mask_token:
+        if not self.model.class_token or (self.masks and not self.model.mask_token):
             raise InputError(
                 f"model.class_token={self.model.class_token}, model.mask_token={self.model.mask_token}: the losses "
                 "need both; set them to true"
             )
+        source = self.teacher.source or ""
+        if source.startswith(RUNS) and not Path(source).exists():
+            raise InputError(
+                f"teacher.source={source}: nothing there to distil; train {source.removeprefix(RUNS)} first, or give "
+                "--teacher.source FOLDER"
+            )
         if self.teacher.source is not None and self.loss.gram:
             raise InputError(f"loss.gram={self.loss.gram} with teacher.source: there is no earlier self to hold to")
+        if self.ibot_head is not None and not self.loss.ibot:
+            raise InputError("ibot_head with loss.ibot=0: it would learn nothing; set ibot_head to none")
         if not self.loss.dino and not self.loss.ibot:
             raise InputError("loss.dino=0 and loss.ibot=0: there is nothing to learn from; give one of them a weight")

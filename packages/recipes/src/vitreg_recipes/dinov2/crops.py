@@ -22,7 +22,7 @@ from vitreg_core.config import PreprocessConfig
 from vitreg_recipes.augment import Finish
 from vitreg_recipes.dinov2.config import CropsConfig
 
-BLUR = {"effective": (0.0, 0.9, 0.5), "nominal": (1.0, 0.1, 0.5)}
+BLUR = {"effective": (0.0, 0.9, 0.5), "nominal": (1.0, 0.1, 0.5), "none": (0.0, 0.0, 0.0)}
 """Probability of a blur: first global crop, second global crop, local crops."""
 
 
@@ -62,27 +62,29 @@ class MultiCrop:
 
     def __init__(self, config: CropsConfig, preprocess: PreprocessConfig) -> None:
         first, second, local = BLUR[config.blur]
-        size, finish = preprocess.image_size, Finish(preprocess)
-        self.global_1 = make(size, config.global_scale, blur=first, solarize=0.0, finish=finish)
-        self.global_2 = make(size, config.global_scale, blur=second, solarize=0.2, finish=finish)
-        self.local = make(config.local_size, config.local_scale, blur=local, solarize=0.0, finish=finish)
-        self.local_crops = config.local_crops
+        self.size = size = preprocess.image_size
+        finish = Finish(preprocess)
+        jitter = ColorJitter(*config.jitter)
+        self.global_1 = make(size, config.global_scale, jitter, finish, blur=first)
+        self.global_2 = make(size, config.global_scale, jitter, finish, blur=second, solarize=0.2)
+        self.local = make(config.local_size, config.local_scale, jitter, finish, blur=local)
+        self.local_crops, self.local_size = config.local_crops, config.local_size
 
-    def __call__(
-        self, image: Image.Image
-    ) -> tuple[Float[Tensor, "2 3 height width"], Float[Tensor, "crops 3 h w"] | Float[Tensor, "0"]]:
+    def __call__(self, image: Image.Image) -> tuple[Float[Tensor, "2 3 height width"], Float[Tensor, "crops 3 h w"]]:
         """Global and local crops of one RGB picture."""
         large = torch.stack([self.global_1(image), self.global_2(image)])
         small = [self.local(image) for _ in range(self.local_crops)]
-        return large, torch.stack(small) if small else torch.empty(0)
+        return large, torch.stack(small) if small else torch.empty(0, 3, self.local_size, self.local_size)
 
 
-def make(size: int, scale: tuple[float, float], *, blur: float, solarize: float, finish: Finish) -> Compose:
+def make(
+    size: int, scale: tuple[float, float], jitter: ColorJitter, finish: Finish, *, blur: float, solarize: float = 0.0
+) -> Compose:
     """Random resized crop, flip, colour jitter, grey, blur, solarisation, normalised pixels."""
     steps: list[object] = [
         RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),
         RandomHorizontalFlip(0.5),
-        RandomApply([ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
+        RandomApply([jitter], p=0.8),
         RandomGrayscale(0.2),
         RandomApply([GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=blur),
         RandomSolarize(threshold=128, p=solarize),

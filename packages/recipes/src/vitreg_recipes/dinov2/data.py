@@ -22,7 +22,7 @@ from vitreg_recipes.augment import seed_generators, seeded
 from vitreg_recipes.config import SCENES
 from vitreg_recipes.data.batch import Share
 from vitreg_recipes.data.order import Shuffled, Steps
-from vitreg_recipes.data.photos import end_with_parent_only
+from vitreg_recipes.data.photos import end_with_parent_only, report
 from vitreg_recipes.data.scenes import EPOCH
 from vitreg_recipes.dinov2.config import DinoConfig
 from vitreg_recipes.dinov2.crops import Crops, MultiCrop
@@ -46,6 +46,7 @@ class CropData:
         self.config = config
         self.classes: list[str] = []
         self.skipped: set[str] = set()
+        self.told = False
         self.preprocess = PreprocessConfig(image_size=config.model.image_size)
         self.crop = MultiCrop(config.data, self.preprocess)
         size, patch = config.model.size, config.model.patch_size
@@ -85,7 +86,8 @@ class CropData:
         for number in count(step):
             scenes = draw_scenes(share.size, (self.config.seed, number, share.process), image_size=side)
             with seeded(step_seed(self.config.seed, number, share.process, SCENE_CROPS)):
-                yield join([self.crop(to_picture(image)) for image in scenes.image])
+                crops = join([self.crop(to_picture(image)) for image in scenes.image])
+            yield crops
 
     def of_pictures(self, pictures: Pictures, step: int, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
         """Crops of pictures, read by workers."""
@@ -95,22 +97,22 @@ class CropData:
             collate_fn=collate,
             num_workers=self.config.data.workers,
             worker_init_fn=end_with_parent_only,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or the loader would draw from the generator of the training
         )
-        for large, small, skipped in loader:
-            self.report(pictures, skipped)
+        for large, small, skipped, enlarged in loader:
+            report(skipped, self.skipped, pictures.where, self.images)
+            self.tell(enlarged, len(large) // 2)
             yield large, small
 
-    def report(self, pictures: Pictures, skipped: list[str]) -> None:
-        """Name every unreadable picture once, and give up when they are too many."""
-        for name in dict.fromkeys(skipped):
-            if name not in self.skipped:
-                self.skipped.add(name)
-                tqdm.write(f"{name}: not a readable image, the next one takes its place", file=sys.stderr)
-        if 2 * len(self.skipped) > self.images:
-            raise InputError(
-                f"{pictures.where}: {len(self.skipped)} of {self.images} images cannot be read, such as "
-                f"{min(self.skipped)}; mend or remove them"
+    def tell(self, enlarged: int, images: int) -> None:
+        """Say once that images are smaller than a crop."""
+        if enlarged and not self.told:
+            self.told = True
+            tqdm.write(
+                f"{self.config.data.path}: {enlarged} of {images} images in a batch are smaller than the global crops "
+                f"({self.preprocess.image_size} px) and are enlarged",
+                file=sys.stderr,
             )
 
 
@@ -120,6 +122,8 @@ class Sample(NamedTuple):
     large: Tensor
     small: Tensor
     skipped: list[str]
+    enlarged: bool
+    """Whether the picture is smaller than a global crop."""
 
 
 class CropSamples(Dataset[Sample]):
@@ -146,18 +150,20 @@ class CropSamples(Dataset[Sample]):
                 index = (index + 1) % len(self.pictures)
                 continue
             seed_generators(self.seed, place)
-            return Sample(*self.crop(image), skipped)
-        return Sample(*self.crop(Image.new("RGB", (8, 8))), skipped)  # which `report` refuses
+            return Sample(*self.crop(image), skipped, min(image.size) < self.crop.size)
+        return Sample(*self.crop(Image.new("RGB", (8, 8))), skipped, enlarged=False)  # which `report` refuses
 
 
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str]]:
+def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
     """Join samples into a batch."""
-    return *join([(sample.large, sample.small) for sample in samples]), [n for s in samples for n in s.skipped]
+    crops = join([(sample.large, sample.small) for sample in samples])
+    skipped = [name for sample in samples for name in sample.skipped]
+    return *crops, skipped, sum(sample.enlarged for sample in samples)
 
 
 def join(crops: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Crops of all images, ordered by crop: the first of every image, the second of every image, ..."""
-    large, small = (torch.stack(parts, dim=1 if parts[0].ndim > 1 else 0) for parts in zip(*crops, strict=True))
+    large, small = (torch.stack(parts, dim=1) for parts in zip(*crops, strict=True))
     return large.flatten(0, 1), small.flatten(0, 1)
 
 

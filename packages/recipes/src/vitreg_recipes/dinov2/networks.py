@@ -32,7 +32,7 @@ class Network(nn.Module):
 
     def __init__(self, backbone: VisionTransformer, config: DinoConfig) -> None:
         super().__init__()
-        self.hides = config.teacher.source is None
+        self.hides = config.masks
         self.backbone = backbone
         self.dino_head = make_head(backbone.embed_dim, config.head)
         self.ibot_head = None if config.ibot_head is None else make_head(backbone.embed_dim, config.ibot_head)

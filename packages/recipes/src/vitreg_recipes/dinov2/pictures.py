@@ -2,15 +2,19 @@
 
 import os
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
-from vitreg_core.data.images import list_images, read_image
+from tqdm import tqdm
+from vitreg_core.data.images import SUFFIXES, decode_image, list_images, read_image
+from vitreg_core.errors import InputError
 
-from vitreg_recipes.data import matching, open_photos
-from vitreg_recipes.data.photos import Photos
-from vitreg_recipes.data.tars import TarPhotos
+from vitreg_recipes.config import SCENES
+from vitreg_recipes.data import HUB, matching
+from vitreg_recipes.data.tables import TableImages, load
+from vitreg_recipes.data.tars import cached, member_name, members, read_bytes, split_key
 
 
 @runtime_checkable
@@ -62,27 +66,55 @@ class FolderPictures:
         return read_image(Path(self.name(index)))
 
 
-class WithoutLabels:
-    """Labelled pictures, whose labels nobody reads."""
+class TarPictures:
+    """All images inside some tars, whatever lies beside them.
 
-    def __init__(self, photos: Photos) -> None:
-        self.where = photos.where
-        self.photos = photos
+    Raises:
+        InputError: a tar is damaged, or holds no image.
+    """
+
+    def __init__(self, where: str, shards: list[Path]) -> None:
+        self.where = where
+        self.shards = shards
+        self.places = cached(Places, shards, "images", lambda: find_places(shards))
 
     def __len__(self) -> int:
-        return len(self.photos.labels)
+        return len(self.places.shards)
 
     def name(self, index: int) -> str:
-        """What a user knows a picture by."""
-        return self.photos.name(index)
+        """Tar and member."""
+        return member_name(self.shards[self.places.shards[index]], self.places.offsets[index])
 
     def read(self, index: int) -> Image.Image:
-        """Read a picture.
+        """Read a picture by its place in its tar.
 
         Raises:
             InputError: it cannot be read.
         """
-        return self.photos.read(index)
+        shard = self.shards[self.places.shards[index]]
+        return decode_image(read_bytes(shard, self.places.offsets[index], self.places.sizes[index]), str(shard))
+
+
+class Places(NamedTuple):
+    """Where the images of some tars lie."""
+
+    shards: Int[np.ndarray, " n"]
+    """Which tar holds each image."""
+    offsets: Int[np.ndarray, " n"]
+    """First byte of each image."""
+    sizes: Int[np.ndarray, " n"]
+    """Bytes of each image."""
+
+
+def find_places(shards: list[Path]) -> Places:
+    """Read the headers of all tars."""
+    found: list[tuple[int, int, int]] = []
+    for number, shard in enumerate(tqdm(shards, "reading the headers of the tars", unit="tar", disable=None)):
+        inside = [member for member, _ in members(shard, ()) if split_key(member.name)[1] in SUFFIXES]
+        if not inside:
+            raise InputError(f"{shard}: 0 images found; it must hold files such as {', '.join(sorted(SUFFIXES))}")
+        found += [(number, member.offset_data, member.size) for member in inside]
+    return Places(*np.array(found).T)
 
 
 def open_pictures(path: str) -> Pictures:
@@ -93,8 +125,15 @@ def open_pictures(path: str) -> Pictures:
     """
     if Path(path).is_dir():
         folder = Path(path, "train") if Path(path, "train").is_dir() else Path(path)
-        tars = sorted(folder.glob("*.tar"))
-        return WithoutLabels(TarPhotos(path, tars, labelled=False)) if tars else FolderPictures(folder)
+        tars = sorted(folder.rglob("*.tar"))
+        return TarPictures(path, tars) if tars else FolderPictures(folder)
+    if path.startswith(HUB):
+        return TableImages(path, load(path, path.removeprefix(HUB), None))
     if path.endswith(".tar"):
-        return WithoutLabels(TarPhotos(path, matching(path), labelled=False))
-    return WithoutLabels(open_photos(path))
+        return TarPictures(path, matching(path))
+    if path.endswith(".parquet"):
+        return TableImages(path, load(path, "parquet", [str(file) for file in matching(path)]))
+    raise InputError(
+        f"data.path={path}: no such folder; give {SCENES}, a folder of images, hub:org/name, or shards such as "
+        "'shards/*.tar' or 'shards/*.parquet', in quotes"
+    )

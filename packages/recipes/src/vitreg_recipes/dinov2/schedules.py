@@ -22,7 +22,7 @@ def line(step: int, steps: int, start: float, end: float) -> float:
 
 
 class DinoSchedule:
-    """Learning rate and weight decay of every group, by its `lr_scale`, `decayed` and `last_layer`."""
+    """Learning rate and weight decay of every group, by its `lr_scale`, `decayed`, `last_layer` and `backbone`."""
 
     def __init__(self, config: DinoConfig, steps: int) -> None:
         self.optim = config.optim
@@ -41,10 +41,11 @@ class DinoSchedule:
         return cosine(step, self.steps, base=start, final=end)
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
-        """Set learning rate and weight decay of every group; the last layer of the heads rests at the start."""
+        """Set learning rate and decay of every group; prototypes, and perhaps the backbone, rest at the start."""
         lr, decay = self.lr(step), self.weight_decay(step)
         for group in optimizer.param_groups:
             rests = group["last_layer"] and step < self.optim.freeze_last_steps
+            rests |= group["backbone"] and step < self.optim.freeze_backbone_steps
             group["lr"] = 0.0 if rests else lr * group["lr_scale"]
             group["weight_decay"] = decay if group["decayed"] else 0.0
 

@@ -10,7 +10,8 @@ from vitreg_core.config import nearest, override
 from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import RunConfig
-from vitreg_recipes.runs import deit3, dinov2, registers
+from vitreg_recipes.dinov2.config import DinoConfig
+from vitreg_recipes.runs import deit3, dinov2, openclip, registers
 
 
 class Notes(NamedTuple):
@@ -35,7 +36,7 @@ def runs_of(module: ModuleType) -> Iterator[tuple[str, Callable[[], RunConfig]]]
 
 
 RUNS: dict[str, Callable[[], RunConfig]] = {
-    name: run for module in (deit3, dinov2, registers) for name, run in runs_of(module)
+    name: run for module in (deit3, dinov2, openclip, registers) for name, run in runs_of(module)
 }
 
 
@@ -50,6 +51,8 @@ def find(name: str) -> RunConfig:
         return RUNS[run]()
     config = RUNS[run]()
     changes = {"model.registers": count} | ({"init": f"{config.init}_reg{count}"} if config.init else {})
+    if isinstance(config, DinoConfig) and config.teacher.source:
+        changes["teacher.source"] = f"{config.teacher.source}_reg{count}"
     return override(config, changes)
 
 

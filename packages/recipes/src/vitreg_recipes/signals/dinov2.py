@@ -1,15 +1,17 @@
 """Self-supervised runs of DINOv2."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
 from vitreg_core.config import PreprocessConfig, override
 from vitreg_core.errors import InputError
 from vitreg_core.vit import VisionTransformer
@@ -20,17 +22,24 @@ from vitreg_recipes.build import start_from
 from vitreg_recipes.config import local_batch
 from vitreg_recipes.dinov2.config import DinoConfig
 from vitreg_recipes.dinov2.data import CropData
-from vitreg_recipes.dinov2.networks import Student, Teacher
+from vitreg_recipes.dinov2.networks import Network, Student, Teacher
 from vitreg_recipes.dinov2.schedules import DinoSchedule
 from vitreg_recipes.objectives import Objective
 from vitreg_recipes.objectives.accumulate import Accumulate
 from vitreg_recipes.objectives.dinov2 import Dinov2, Networks
 from vitreg_recipes.parts import Parts, extent
 
+HEADS = "heads.safetensors"
+"""What a run leaves beside its model."""
+FEW_IMAGES, MANY_PROTOTYPES = 512, 64
+"""Images per step, and prototypes for each of them, from which on a batch is too small for its prototypes."""
+
 
 def assemble(config: DinoConfig, accelerator: Accelerator) -> Parts:
     """Build the parts of a run. Student and teacher start alike, in all processes."""
     check_koleo(config, accelerator.num_processes)
+    if accelerator.is_main_process:
+        advise(config)
     data = CropData(config)
     set_seed(config.seed)
     backbone = build_backbone(config, data.preprocess)
@@ -74,24 +83,39 @@ def check_koleo(config: DinoConfig, processes: int) -> None:
         )
 
 
+def advise(config: DinoConfig) -> None:
+    """Say that a batch is small for the prototypes, as with the official settings on one GPU."""
+    images, prototypes = config.data.batch_size, config.head.prototypes
+    if images < FEW_IMAGES and prototypes > MANY_PROTOTYPES * images:
+        tqdm.write(
+            f"data.batch_size={images} with head.prototypes={prototypes}: settings for thousands of images per step "
+            f"hardly learn below {FEW_IMAGES}; dinov2_small has others",
+            file=sys.stderr,
+        )
+
+
 def build_backbone(config: DinoConfig, preprocess: PreprocessConfig) -> VisionTransformer:
-    """The student's backbone, new or from `init`."""
+    """The student's backbone, new or from `init`; without masks its mask token rests."""
     source = str(config.out or "a run without a folder")
     if config.init is None:
-        return VisionTransformer(config.model, preprocess, source=source)
-    model = start_from(config.init, config.model, 0)
-    if model.mask_token is None:
+        model = VisionTransformer(config.model, preprocess, source=source)
+    else:
+        model = start_from(config.init, config.model, 0)
+        model.preprocess.config, model.source = preprocess, source
+    if model.mask_token is not None:
+        model.mask_token.requires_grad_(config.masks)
+    elif config.masks:
         raise InputError(
             f"init={config.init}: it has no mask token, which the loss on patches needs; give DINOv2 weights"
         )
-    model.mask_token.requires_grad_(True)  # noqa: FBT003 (torch's)
-    model.preprocess.config, model.source = preprocess, source
     return model
 
 
 def build_networks(config: DinoConfig, backbone: VisionTransformer, device: torch.device) -> Networks:
     """Student, teacher, average and anchor."""
     student = Student(backbone, config).to(device)
+    if config.init is not None and (Path(config.init) / HEADS).is_file():
+        fill_heads(student, Path(config.init) / HEADS)
     average = frozen(Teacher(without_drop_path(backbone), config)).to(device)
     average.load_state_dict(student.state_dict())
     teacher = average if config.teacher.source is None else load_teacher(config.teacher.source, config).to(device)
@@ -118,16 +142,25 @@ def load_teacher(source: str, config: DinoConfig) -> Teacher:
         InputError: no heads there, or of other sizes.
     """
     teacher = Teacher(load_model(source), config)
-    file = Path(source) / "heads.safetensors"
+    file = Path(source) / HEADS
     if not file.is_file():
-        raise InputError(f"teacher.source={source}: no heads.safetensors there; give the folder of a DINOv2 run")
-    tensors = read_tensors(file)
-    check_tensors(heads(teacher).state_dict(), tensors, file, {})
-    heads(teacher).load_state_dict(tensors)
+        raise InputError(f"teacher.source={source}: no {HEADS} there; give the folder of a DINOv2 run")
+    fill_heads(teacher, file)
     return frozen(teacher)
 
 
-def heads(network: Teacher) -> nn.ModuleDict:
+def fill_heads(network: Network, file: Path) -> None:
+    """Take the heads that a run left beside its model.
+
+    Raises:
+        InputError: they have other sizes.
+    """
+    tensors = read_tensors(file)
+    check_tensors(heads(network).state_dict(), tensors, file, {})
+    heads(network).load_state_dict(tensors)
+
+
+def heads(network: Network) -> nn.ModuleDict:
     """The heads of a network, by name."""
     found = {"dino_head": network.dino_head, "ibot_head": network.ibot_head}
     return nn.ModuleDict({name: head for name, head in found.items() if head is not None})
@@ -135,18 +168,28 @@ def heads(network: Teacher) -> nn.ModuleDict:
 
 def make_optimizer(student: Student, config: DinoConfig) -> Optimizer:
     """AdamW over the groups that differ in learning rate or decay."""
-    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[Key, list[nn.Parameter]] = {}
     for parameter, key in keyed(student, config):
         groups.setdefault(key, []).append(parameter)
-    settings: list[dict[str, Any]] = [
-        {"params": parameters, "lr_scale": scale, "decayed": decayed, "last_layer": last}
-        for (scale, decayed, last), parameters in groups.items()
-    ]
+    settings: list[dict[str, Any]] = [{"params": parameters, **key._asdict()} for key, parameters in groups.items()]
     return AdamW(settings, lr=config.optim.lr, weight_decay=0.0)
 
 
-def keyed(student: Student, config: DinoConfig) -> Iterator[tuple[nn.Parameter, tuple[float, bool, bool]]]:
-    """Every parameter with its factor on the learning rate, whether it decays, and whether it is of the prototypes.
+class Key(NamedTuple):
+    """What parameters of a group have in common."""
+
+    lr_scale: float
+    """Factor on the learning rate."""
+    decayed: bool
+    """Whether weight decay acts on them."""
+    last_layer: bool
+    """Whether they are prototypes."""
+    backbone: bool
+    """Whether they are of the backbone."""
+
+
+def keyed(student: Student, config: DinoConfig) -> Iterator[tuple[nn.Parameter, Key]]:
+    """Every parameter with the key of its group.
 
     Biases, norms and LayerScale do not decay; tokens, positions and both parts of the prototypes do.
     """
@@ -159,7 +202,7 @@ def keyed(student: Student, config: DinoConfig) -> Iterator[tuple[nn.Parameter, 
             scale = config.optim.layer_decay ** (depth + 1 - layer_of(inside, depth))
             scale *= config.optim.patch_embed_lr if inside.startswith("patch_embed.") else 1.0
         decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-        yield parameter, (scale, decayed, "last_layer" in name)
+        yield parameter, Key(scale, decayed, "last_layer" in name, inside != name)
 
 
 def layer_of(name: str, depth: int) -> int:
