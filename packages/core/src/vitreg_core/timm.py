@@ -1,17 +1,20 @@
 """Our presets in timm's registry, as `vitreg_<preset>`; importing this module puts them there."""
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg_core.config import override
+from vitreg_core.config import ViTConfig, override, validate
 from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 from vitreg_core.features import Features
 from vitreg_core.presets import list_models, preset_config
 from vitreg_core.vit import VisionTransformer
+from vitreg_core.weights.files import read_config
 
 registry = require("timm", "timm", "vitreg_core.timm").models
 
@@ -127,6 +130,43 @@ def entrypoint(preset: str) -> Callable[..., nn.Module]:
     create.__name__ = create.__qualname__ = f"vitreg_{preset}"
     create.__doc__ = f"Build {preset} with random weights, from the arguments of timm's ViT and fields of ViTConfig."
     return create
+
+
+def register_open_clip(folder: str | Path) -> str:
+    """Put the image tower of a saved dual encoder into timm's registry, where open_clip looks for it.
+
+    After it `open_clip.create_model_and_transforms("local-dir:FOLDER")` opens the folder.
+
+    Args:
+        folder: what `DualEncoder.export` wrote for a model with registers.
+
+    Returns:
+        The name in the registry.
+
+    Raises:
+        InputError: the folder holds no such model.
+    """
+    where = Path(folder) / "open_clip_config.json"
+    config = read_config(where)
+    name = config.get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
+    if not str(name).startswith("vitreg_") or "vitreg" not in config:
+        raise InputError(f"{where}: names no image tower of vitreg; give a folder that a dual encoder was exported to")
+    vision = validate(ViTConfig, config["vitreg"].get("vision", {}), str(where))
+
+    def tower(*, drop_path_rate: float = 0.0, **_: object) -> nn.Module:  # open_clip loads weights and makes the head
+        changes = {"num_classes": 0, "drop_path": drop_path_rate, "drop_path_schedule": "linear"}
+        model = TimmVisionTransformer(override(vision, changes), source=name)
+        model.default_cfg = default_cfgs[name]  # type: ignore[assignment]
+        return model
+
+    tower.__name__ = tower.__qualname__ = name
+    tower.__doc__ = f"Build the image tower of {folder} with random weights."
+    tower.__module__ = __name__
+    default_cfgs.setdefault(name, {**default_cfgs[f"vitreg_{list_models()[0]}"], "num_classes": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # timm's, where the name is there already
+        registry.register_model(tower)
+    return name
 
 
 for _preset in list_models():

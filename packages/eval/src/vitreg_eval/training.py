@@ -12,8 +12,9 @@ from vitreg_core.vit import VisionTransformer
 
 from vitreg_eval.config import KnnOptions
 from vitreg_eval.datasets import ImageSet, readable_sample, scenes
-from vitreg_eval.extract import check_classes, extract, train_and_test
+from vitreg_eval.extract import check_classes, in_memory
 from vitreg_eval.tasks import knn
+from vitreg_eval.tokens import Wanted
 
 TRAIN_SCENES, TEST_SCENES = 3000, 1000
 """Drawn scenes that vote and that are judged; no run trains on them."""
@@ -52,10 +53,12 @@ def evaluations(
 
     def nearest(model: VisionTransformer) -> dict[str, float]:
         if folder is None:
-            train, test = train_and_test(model, options)
+            sizes = {"train": options.train_images, "test": options.test_images}
+            sets = [scenes(model.preprocess, count, options.seed, split) for split, count in sizes.items()]
         else:
-            train, test = (extract(model, sample(model, folder, split, options), options) for split in ("train", "val"))
-        there = override(options, {"k": min(NEIGHBOURS, len(train.features.patches))})
+            sets = [sample(model, folder, split, options) for split in ("train", "val")]
+        train, test = (in_memory(model, images, options, Wanted()) for images in sets)  # in one of all processes
+        there = override(options, {"k": min(NEIGHBOURS, len(train))})
         found = knn.evaluate(train, test, there)
         return {name: metric.value for name, metric in found.items()}
 

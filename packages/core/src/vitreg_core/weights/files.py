@@ -174,8 +174,13 @@ def file_name(name: str, origins: Mapping[str, str]) -> str:
     return name
 
 
-def write_folder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
-    """Write `model.safetensors` and `config.json`; each file appears whole or not at all.
+def write_folder(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+    names: tuple[str, str] = ("model.safetensors", "config.json"),
+) -> None:
+    """Write weights and config under these names; each file appears whole or not at all.
 
     Raises:
         InputError: the folder cannot be written.
@@ -185,8 +190,8 @@ def write_folder(tensors: Mapping[str, Tensor], config: Mapping[str, Any], folde
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(temporary, "weights"))
             Path(temporary, "config").write_text(json.dumps(config, indent=2) + "\n")
-            Path(temporary, "config").replace(folder / "config.json")
-            Path(temporary, "weights").replace(folder / "model.safetensors")
+            Path(temporary, "config").replace(folder / names[1])
+            Path(temporary, "weights").replace(folder / names[0])
     except (OSError, SafetensorError) as error:  # the second on a full disk
         raise InputError(f"{folder}: cannot write the model ({error}); give another folder") from None
 

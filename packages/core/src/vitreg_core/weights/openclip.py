@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from vitreg_core.config import PreprocessConfig, validate
+from vitreg_core.config import PreprocessConfig, ViTConfig, override, validate
 from vitreg_core.errors import InputError
 from vitreg_core.weights import timm
 from vitreg_core.weights.checkpoint import (
@@ -64,6 +64,8 @@ def read(checkpoint: Checkpoint) -> Weights:
     tower = checkpoint.section(checkpoint.open_clip, "model_cfg", CONFIG)
     vision = checkpoint.section(tower, "vision_cfg", CONFIG)
     image = image_tower(checkpoint)
+    if f"{TRUNK}registers.tokens" in checkpoint.tensors:
+        return read_own_trunk(checkpoint)
     if any(name.startswith(TRUNK) for name in checkpoint.tensors):
         weights = read_trunk(image, vision)
         size = weights.config.size
@@ -102,6 +104,23 @@ def read_trunk(image: Checkpoint, vision: Mapping[str, Any]) -> Weights:
     if "timm_model_name" in vision:
         config = {"architecture": vision["timm_model_name"], "global_pool": vision.get("timm_pool", "avg")}
     return timm.read(replace(image, tensors=names, config=config))
+
+
+def read_own_trunk(checkpoint: Checkpoint) -> Weights:
+    """Describe a tower of ours inside open_clip's model, whose projection is our head.
+
+    Raises:
+        InputError: the config that we write beside it is missing or does not fit.
+    """
+    where = f"{checkpoint.file.parent / CONFIG}"
+    ours = checkpoint.section(checkpoint.open_clip, "vitreg", CONFIG)
+    vision = override(validate(ViTConfig, checkpoint.section(ours, "vision", CONFIG), where), checkpoint.given)
+    tensors = {
+        name.removeprefix(TRUNK): tensor for name, tensor in checkpoint.tensors.items() if name.startswith(TRUNK)
+    }
+    if "visual.head.proj.weight" in checkpoint.tensors:
+        tensors["head.weight"] = checkpoint.tensors["visual.head.proj.weight"]
+    return Weights(vision, preprocess(checkpoint, vision.size), tensors)
 
 
 def stated(
