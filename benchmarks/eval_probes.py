@@ -13,6 +13,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def logreg(repeats: int) -> list[dict[str, Any]]:
         for dtype in (torch.float64, torch.float32):
             fitted = [next(fit_path(Problem(x, y, 30, dtype=dtype), [strength]))]
             ours = cpu_seconds(
-                lambda dtype=dtype, c=strength: next(fit_path(Problem(x, y, 30, dtype=dtype), [c])), repeats
+                partial(lambda kind, c: next(fit_path(Problem(x, y, 30, dtype=kind), [c])), dtype, strength), repeats
             )
             theirs, tolerance, reached = same_objective(wide, truth, strength, exact(fitted[0], x, y, strength))
             work = (4 * fitted[0].passes + 2) * 6000 * 193 * 30 + 2 * 6000 * 193 * 193
@@ -92,7 +93,7 @@ def same_objective(wide: Any, truth: Any, strength: float, ours: float) -> tuple
     for tolerance in TOLERANCES:
         model = LogisticRegression(C=strength, tol=tolerance, max_iter=20_000)
         with warnings.catch_warnings(action="ignore"):
-            taken = cpu_seconds(lambda model=model: model.fit(wide, truth), 1)
+            taken = cpu_seconds(partial(model.fit, wide, truth), 1)
         scores = torch.from_numpy(wide) @ torch.from_numpy(model.coef_).T + torch.from_numpy(model.intercept_)
         loss = F.cross_entropy(scores, torch.from_numpy(truth), reduction="sum")
         excess = (strength * loss.item() + (model.coef_**2).sum() / 2) / ours - 1

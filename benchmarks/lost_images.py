@@ -11,6 +11,7 @@ Boxes are compared; TF32-like products (`fp32-fast`) may change some, and the sh
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -75,7 +76,7 @@ def ours(model: VisionTransformer, photos: list[PhotoFile], features: str, preci
     return [[int(value) for value in one.found[0].box] for one in finds]
 
 
-def timed(run, *arguments) -> tuple[Boxes, float]:  # noqa: ANN001, ANN002
+def timed(run: Callable[..., Boxes], *arguments: object) -> tuple[Boxes, float]:
     """Boxes and CPU seconds."""
     start = time.process_time()
     boxes = run(*arguments)

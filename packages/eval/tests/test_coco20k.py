@@ -121,7 +121,12 @@ def test_an_unknown_image_is_named(coco: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("{", "not readable as JSON"), ("[]", "no images and annotations in it"), ('{"images": []}', "no images and ann")],
+    [
+        ("{", "not readable as JSON"),
+        ("[" * 200_000, "not readable as JSON"),
+        ("[]", "no images and annotations in it"),
+        ('{"images": []}', "no images and ann"),
+    ],
 )
 def test_broken_annotations_are_named(coco: Path, text: str, problem: str) -> None:
     (coco / "annotations" / "instances_train2014.json").write_text(text)
@@ -130,7 +135,14 @@ def test_broken_annotations_are_named(coco: Path, text: str, problem: str) -> No
 
 
 @pytest.mark.parametrize(
-    "entry", [{"bbox": [0, 0, 1, 1]}, {"image_id": 9, "bbox": [0, 0, 1]}, {"image_id": 9, "bbox": "box"}, 7]
+    "entry",
+    [
+        {"bbox": [0, 0, 1, 1]},
+        {"image_id": 9, "bbox": [0, 0, 1]},
+        {"image_id": 9, "bbox": "box"},
+        {"image_id": 2**70, "bbox": [0, 0, 1, 1]},
+        7,
+    ],
 )
 def test_a_damaged_entry_is_an_error(coco: Path, entry: object) -> None:
     content = annotations() | {"annotations": [entry]}
@@ -139,11 +151,12 @@ def test_a_damaged_entry_is_an_error(coco: Path, entry: object) -> None:
         coco_images(coco, official=False)
 
 
-def test_a_box_that_is_no_number_is_an_error(coco: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e300])
+def test_a_box_that_is_no_place_is_an_error(coco: Path, value: float) -> None:
     content = annotations()
-    content["annotations"][1]["bbox"][0] = float("nan")
+    content["annotations"][1]["bbox"][0] = value
     (coco / "annotations" / "instances_train2014.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="a box that is not finite"):
+    with pytest.raises(InputError, match="a box of no picture's size"):
         coco_images(coco, official=False)
 
 

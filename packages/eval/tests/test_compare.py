@@ -143,6 +143,12 @@ def test_what_differs_is_named() -> None:
     assert "device" not in notes
 
 
+def test_batches_that_heads_train_on_are_a_setting() -> None:
+    for task, said in (("knn", False), ("segment", True)):
+        first, other = (make({"miou": measure(right(0))}, task=task, settings={"batch_size": n}) for n in (16, 64))
+        assert ("different settings: batch_size 16 and 64" in compare(first, other).notes) is said
+
+
 def test_the_command_prints_a_table_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = right(0)
     for name, values in (("a", first), ("b", first | right(1, share=0.5)), ("c", first)):
@@ -166,6 +172,7 @@ BAD = {
     "number": (["a", "number.json"], "(metrics.top1.value: Input should be a finite number)"),
     "task": (["a", "task.json"], "knn of m with lost of m: their numbers mean different things"),
     "metric": (["a", "metric.json"], "no metric in common (top1 and top5)"),
+    "empty": (["empty.json", "empty.json"], "embed gives no numbers to compare; give results of a task that measures"),
     "deep": (["a", "deep.json"], "deep.json: not the result of a task"),
 }
 
@@ -181,6 +188,7 @@ def test_bad_results_end_with_one_line(
     Path("foreign.json").write_text('{"task": "quickstart", "metrics": {}}')
     Path("more.json").write_text(json.dumps(json.loads(good) | {"extra": 1}))
     Path("task.json").write_text(json.dumps(json.loads(good) | {"task": "lost"}))
+    Path("empty.json").write_text(json.dumps(json.loads(good) | {"task": "embed", "metrics": {}}))
     Path("metric.json").write_text(good.replace("top1", "top5"))
     metric = json.loads(good)["metrics"]["top1"] | {"value": float("nan")}
     Path("number.json").write_text(json.dumps(json.loads(good) | {"metrics": {"top1": metric}}))

@@ -227,6 +227,24 @@ def test_depth_in_another_unit_is_named(folder: Path, raw: int, options: dict[st
         open_rgbd(folder, **options)
 
 
+def test_centimetres_are_named(folder: Path) -> None:
+    write_pair(folder / "a/rgb_test.jpg", folder / "a/depth_test.png", 250)
+    with pytest.raises(InputError, match=r"test: 99% of the depths are below 0\.25 m, of up to 10 m; .* --depth_scale"):
+        open_rgbd(folder)
+    open_rgbd(folder, depth_scale=100)
+    open_rgbd(folder, max_depth=1)  # a table top
+
+
+def test_numbers_beyond_16_bits_are_not_wrapped(folder: Path) -> None:
+    for worst in (70_000, -1):
+        raw = np.full((12, 16), 2000, dtype=np.int32)
+        raw[0, 0] = worst
+        Image.fromarray(raw).save(folder / "a/depth_test.tif")
+        (folder / "test.txt").write_text("a/rgb_test.jpg a/depth_test.tif\n")
+        with pytest.raises(InputError, match=rf"depth_test\.tif: depths from .*{worst}.*; they must be 16 bits"):
+            open_rgbd(folder)
+
+
 def test_the_unit_can_be_given(folder: Path) -> None:
     write_pair(folder / "a/rgb_test.jpg", folder / "a/depth_test.png", 20_000)
     open_rgbd(folder, depth_scale=5000)

@@ -435,16 +435,24 @@ def test_cars_without_labels(tmp_path: Path) -> None:
     [
         ("flowers", ".", r"--dataset flowers: give imagenet-1k, .*; did you mean flowers102\?"),
         ("dtd", "nowhere", r"nowhere: no such folder"),
-        ("dtd", None, r"missing: --data DIR"),
-        (None, None, r"missing: --data DIR"),
+        ("dtd", None, r"no data: give --data DIR or set VITREG_DATA"),
+        (None, None, r"no data: give --data DIR or set VITREG_DATA"),
         ("dtd", ".", r"no dtd there or up to two levels below \(looked for labels/train1.txt; as class folders"),
         (None, ".", r"no folder val, valid, validation, eval, evaluation, test"),
     ],
 )
-def test_what_is_not_there(dataset: str | None, folder: str | None, message: str, tmp_path: Path) -> None:
+def test_what_is_not_there(
+    dataset: str | None, folder: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VITREG_DATA", raising=False)
     with pytest.raises(InputError, match=message) as caught:
         open_labelled(dataset, None if folder is None else tmp_path / folder, "val")
     assert "\n" not in str(caught.value)
+
+
+def test_the_folder_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITREG_DATA", str(root := cub(tmp_path)))
+    assert open_labelled("cub", None, "val").data == open_labelled("cub", root, "val").data
 
 
 def test_empty_split(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_classes_must_be_the_same(tmp_path: Path) -> None:
     check_classes(train, train)
     with pytest.raises(InputError, match=r"mine: classes only in train or only in val: \['bee', 'cow'\]"):
         check_classes(train, split(tmp_path, {"b": b"1"}, classes=("ant", "cow")))
+    alone = split(tmp_path, {"a": b"1"}, classes=("ant",))
+    with pytest.raises(InputError, match="mine: one class, 'ant', which any model names; give two or more"):
+        check_classes(alone, alone)
 
 
 def test_open_splits_refuses_a_copy(tmp_path: Path) -> None:

@@ -222,6 +222,15 @@ def test_the_names_of_classes_come_from_classes_txt(tmp_path: Path) -> None:
         open_masks(tmp_path, "train")
 
 
+def test_numbers_that_count_no_classes_are_refused_at_once(tmp_path: Path) -> None:
+    write_folder(tmp_path, "{kind}/{split}")
+    values = np.full((4, 5), 2**31 - 1, dtype=np.int32)
+    (tmp_path / "annotations/train/sub/a.b.png").unlink()
+    Image.fromarray(values).save(tmp_path / "annotations/train/sub/a.b.tif")
+    with pytest.raises(InputError, match="2147483648 classes; give masks of 2 to 255 classes"):
+        open_masks(tmp_path, "train")
+
+
 def test_a_class_that_only_the_validation_masks_have_is_an_error(tmp_path: Path) -> None:
     write_folder(tmp_path, "{kind}/{split}")
     write_mask(tmp_path / "annotations/val/sub/a.b.png", [4])

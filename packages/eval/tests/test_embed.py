@@ -135,6 +135,38 @@ def test_nothing_else_stays_in_the_folder(model: VisionTransformer, photos: Path
     assert len(list((tmp_path / "cache").glob("photos-val-*/cls.npy"))) == 1
 
 
+def test_what_else_is_in_the_folder_stays(model: VisionTransformer, photos: Path, tmp_path: Path) -> None:
+    for name in ("mine.npy", "cls.npy", "shards/000000000.json", "shards/train-0.tar"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"mine")
+    with np.load(write(model, tmp_path / "out", data=photos)) as found:
+        assert found["cls"].shape == (5, 24)
+    for name in ("mine.npy", "cls.npy", "shards/000000000.json", "shards/train-0.tar"):
+        assert (tmp_path / "out" / name).read_bytes() == b"mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"name": "an app"}')
+    with pytest.raises(InputError, match=r"other/manifest.json: not that of features; give another folder$"):
+        write(model, tmp_path / "other", data=photos)
+
+
+def test_a_stopped_command_goes_on(
+    model: VisionTransformer, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitreg_eval.store.SHARD", 2)
+
+    def interrupt(path: Path, found: exporting.Embedded) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(exporting.WRITERS, "npz", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(model, tmp_path / "out", data=photos)
+    monkeypatch.setitem(exporting.WRITERS, "npz", exporting.write_npz)
+    monkeypatch.setattr(model, "features", lambda _: pytest.fail("computed again, though all is on the disk"))
+    with np.load(write(model, tmp_path / "out", data=photos)) as found:
+        assert found["cls"].shape == (5, 24)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["features.npz", "manifest.json"]
+
+
 def test_a_folder_with_features_of_another_model_is_refused(
     model: VisionTransformer, photos: Path, tmp_path: Path
 ) -> None:

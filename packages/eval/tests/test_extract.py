@@ -107,10 +107,11 @@ def test_class_tokens_of_the_last_layer_are_kept_by_default(model: Counting, dra
     torch.testing.assert_close(found.cls, expected)
 
 
-def test_probes_of_labels_keep_class_tokens_and_dense_ones_all(model: Counting) -> None:
-    sizes = {"train_images": 50, "test_images": 3}
-    kept = [set(train_and_test(model, kind(**sizes))[1].parts) for kind in (KnnOptions, SegmentOptions)]
-    assert kept == [{"cls"}, {"cls", "registers", "patches"}]
+def test_scenes_to_train_and_report_on_keep_all_tokens_by_default(model: Counting) -> None:
+    train, test = train_and_test(model, SegmentOptions(train_images=50, test_images=3))
+    assert set(test.parts) == {"cls", "registers", "patches"}
+    assert (len(train), len(test)) == (50, 3)
+    assert set(train_and_test(model, SegmentOptions(train_images=50, test_images=3), Wanted())[1].parts) == {"cls"}
 
 
 def test_a_cache_gives_the_same_and_is_read_without_the_model(model: Counting, drawn: ImageSet, tmp_path: Path) -> None:

@@ -291,9 +291,33 @@ def test_a_state_of_another_training_or_a_damaged_one_is_not_gone_on_from(
     linear.run(model, LinearOptions(**SMALL), tmp_path)
     other = linear.run(model, LinearOptions(**SMALL, seed=1), tmp_path)
     assert not [note for note in other.notes if "went on" in note]
+    assert f"{STATE} of another model, data or settings was there, and was replaced" in other.notes
     (tmp_path / STATE).write_bytes(b"\x10\0\0\0\0\0\0\0{no json at all}")
     fresh = linear.run(model, LinearOptions(**SMALL, seed=1), tmp_path)
+    assert f"{STATE} of an earlier training could not be read, and was replaced" in fresh.notes
     assert fresh.metrics == other.metrics
+
+
+def test_a_stopped_training_is_not_thrown_away_for_another(
+    model: VisionTransformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = linear.train_probes
+    monkeypatch.setattr(linear, "train_probes", lambda sweep, batches, *rest: train(sweep, stop_at(batches, 5), *rest))
+    with pytest.raises(KeyboardInterrupt):
+        linear.run(model, LinearOptions(**SMALL, save_every=2), tmp_path)
+    monkeypatch.undo()
+    before = (tmp_path / STATE).read_bytes()
+    for other in (LinearOptions(**SMALL, seed=1), LinearOptions(**{**SMALL, "steps": 4})):
+        with pytest.raises(InputError, match=r"probes.safetensors: step 4 of 6 of a stopped training of another model"):
+            linear.run(model, other, tmp_path)
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_probes_of_a_model_that_computes_otherwise_are_not_gone_on_from(model: VisionTransformer) -> None:
+    plan = linear.plan_of(model, LinearOptions(), "data", 54)
+    assert plan == linear.plan_of(model, LinearOptions(), "data", 54)
+    model.blocks[0].norm1.eps *= 2
+    assert plan.fingerprint != linear.plan_of(model, LinearOptions(), "data", 54).fingerprint
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:

@@ -19,7 +19,7 @@ from vitreg_eval.facets import Place, fill, read_places, smooth_outliers
 from vitreg_eval.journal import Entry, Journal
 from vitreg_eval.lost import discover
 from vitreg_eval.metrics import corloc
-from vitreg_eval.search import Item, Setting, ahead, settings_of
+from vitreg_eval.search import Item, Setting, settings_of
 from vitreg_eval.tasks import lost
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, registers=2)
@@ -184,19 +184,6 @@ def test_images_of_one_padded_size_share_a_pass_and_come_back_in_order(
         assert torch.equal(find.discovery.mask, expected.mask)
 
 
-def test_reading_ahead_keeps_the_order_and_tells_errors() -> None:
-    assert list(ahead(range(20), lambda number: number * number)) == [number * number for number in range(20)]
-
-    def fail(number: int) -> int:
-        if number == 5:
-            raise InputError("five")
-        return number
-
-    taken = []
-    with pytest.raises(InputError, match="five"):
-        taken.extend(ahead(range(20), fail))
-
-
 def test_pictures_of_data_sets_are_read_as_stored_and_photos_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -310,7 +297,11 @@ def test_presets_are_what_their_authors_state(preset: Any, expected: dict[str, o
         ({"preset": "study", "bias": 0.1}, "--bias 0.1 with --preset study, which has 0.05"),
         ({"preset": "paper", "center": True}, "--center True with --preset paper, which has False"),
         ({"preset": "paper", "bias": -1.0}, "--bias -1.0 with --preset paper, which sweeps it"),
-        ({"preset": "paper", "method": "pca"}, "--sweep with --method pca: only lost has a bias"),
+        ({"sweep": True, "method": "pca"}, "--sweep with --method pca: only lost has a bias"),
+        ({"preset": "study", "method": "pca"}, "--method pca with --preset study, which has lost"),
+        ({"preset": "study", "k_patches": 50}, "--k_patches 50 with --preset study, which has 100"),
+        ({"method": "tokencut", "bias": 0.1}, "--bias 0.1 with --method tokencut: only lost has it"),
+        ({"head": None}, "--head None with --method lost: only dino-seg has it"),
         ({"sweep": True, "images": "x"}, "--sweep with --images x: no true boxes to judge by"),
         ({"coco_list": "x"}, "--coco_list x with --dataset scenes"),
         ({"no_hard": True, "dataset": "coco"}, "--no_hard with --dataset coco; only VOC"),
@@ -330,7 +321,9 @@ def test_results_come_in_all_three_forms(model: VisionTransformer, voc: Path, tm
     outcome = run(model, voc_options(voc), out)
     ours = json.loads((out / "boxes.json").read_text())
     theirs = pickle.loads((out / "preds.pkl").read_bytes())
-    assert theirs == {record["image"]: record["box"] for record in ours}
+    assert {name: box.tolist() for name, box in theirs.items()} == {one["image"]: one["box"] for one in ours}
+    assert {(type(box), box.dtype) for box in theirs.values()} == {(np.ndarray, np.dtype("int64"))}
+    assert b"numpy._core" not in (out / "preds.pkl").read_bytes()  # which NumPy 1 cannot find
     for record, coco in zip(ours, json.loads((out / "boxes_coco.json").read_text()), strict=True):
         x0, y0, x1, y1 = record["box"]
         assert coco["bbox"] == [x0, y0, x1 - x0, y1 - y0]
@@ -343,6 +336,42 @@ def test_results_come_in_all_three_forms(model: VisionTransformer, voc: Path, tm
     for name in ("boxes.png", "steps.png"):
         with Image.open(out / name) as drawn:
             assert drawn.width > 100
+
+
+def test_thresholds_of_other_methods_are_options(model: VisionTransformer, voc: Path, tmp_path: Path) -> None:
+    options = LostOptions(dataset="voc07", data=voc, method="dino-seg")
+    with pytest.raises(InputError, match="head 4 of an attention layer with 3 heads; use 0 to 2, or none"):
+        run(model, options, tmp_path / "out")
+    for changes in ({"head": None}, {"head": 2, "mass": 0.99}, {"method": "tokencut", "tau": 1.0}):
+        (tmp_path / "out" / "journal-0.jsonl").unlink(missing_ok=True)
+        outcome = run(model, options.model_copy(update=changes), tmp_path / "out")
+        failed = any("8 searches failed" in note for note in outcome.notes)
+        assert failed == (changes.get("tau") == 1.0)  # no two patches are joined
+        large = outcome.metrics["full_image_share"].value
+        assert large == 1.0 if changes.get("mass") == 0.99 or failed else large < 1.0
+
+
+def test_images_of_other_names_are_numbered(model: VisionTransformer, voc: Path) -> None:
+    def numbers() -> list[int]:
+        return [photo.image_id for photo in open_photos(model.preprocess, voc_options(voc)).photos]
+
+    assert numbers() == list(range(8))
+    year = voc / "VOCdevkit" / "VOC2007"
+    for suffix, name in (("xml", "Annotations"), ("jpg", "JPEGImages")):
+        (year / name / f"000005.{suffix}").rename(year / name / f"dog-5.{suffix}")
+    listing = year / "ImageSets/Main/trainval.txt"
+    listing.write_text(listing.read_text().replace("000005", "dog-5"))
+    assert numbers() == list(range(1, 9))
+
+
+def test_a_sweep_without_any_true_box_is_refused_before_the_search(
+    model: VisionTransformer, voc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lost, "search_items", None)
+    for path in (voc / "VOCdevkit/VOC2007/Annotations").iterdir():
+        path.write_text("<annotation/>")
+    with pytest.raises(InputError, match="--sweep on 8 images of voc07 trainval, none of which has a true box"):
+        run(model, LostOptions(dataset="voc07", data=voc, sweep=True), tmp_path / "out")
 
 
 def test_hard_boxes_may_be_left_out_with_the_images_that_have_no_others(
@@ -459,28 +488,6 @@ def test_the_journal_of_another_search_is_refused(
     with pytest.raises(InputError, match=r"journal-0\.jsonl holds 2 images of an unfinished search with another model"):
         run(model, voc_options(voc, features="values"), tmp_path / "out")
     run(model, voc_options(voc, batch_size=1), tmp_path / "out")  # what changes no box is no other search
-
-
-def test_processes_share_a_folder(tmp_path: Path) -> None:
-    entry = Entry(0, (4, 5), [[0, 0, 5, 4], None], {"seed": 1})
-    for process in (0, 1):
-        with Journal(tmp_path, "key", process) as journal:
-            journal.add(entry._replace(number=process))
-    with Journal(tmp_path, "key", 0) as journal:
-        assert journal.finished == {0, 1}
-    assert sorted(journal.entries()) == [entry, entry._replace(number=1)]
-    journal.remove()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["nonsense", "[]", '{"number": 1}', '{"number": 1, "size": [2, 2], "boxes": [[1]], "diagnostics": {}}'],
-)
-def test_a_damaged_journal_is_an_error(tmp_path: Path, line: str) -> None:
-    (tmp_path / "journal-0.jsonl").write_text(f'{{"key": "key"}}\n{line}\n')
-    with pytest.raises(InputError, match="delete the file, or give another --out"):
-        Journal(tmp_path, "key").__enter__()
 
 
 # Real data

@@ -59,6 +59,15 @@ def test_our_own_model_is_opened_as_load_model_does(tmp_path: Path) -> None:
     assert open_model("vit_ti16").source == "vit_ti16 (random weights)"
 
 
+def test_a_preset_has_the_same_random_weights_every_time() -> None:
+    torch.manual_seed(5)
+    first, state = open_model("vit_ti32"), torch.get_rng_state()
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())  # and leaves the caller's generator alone
+    torch.manual_seed(6)
+    assert weights_hash(open_model("vit_ti32")) == weights_hash(first)
+
+
 def test_a_timm_model_that_ours_cannot_hold_runs_in_its_own_class(timm: ModuleType, timm_folder: Path) -> None:
     theirs = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
     model = open_model(str(timm_folder))

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -392,11 +393,33 @@ def test_the_numbers_are_counted_at_the_size_of_the_masks(model: VisionTransform
     assert [one.truth.size for one in shown] == pixels
 
 
+def test_a_head_needs_no_training_data(model: VisionTransformer, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    (data / "classes.txt").write_text("none\na\nb\nc\n")
+    options = SegmentOptions(dataset="masks", data=data, ignore_zero=True, crop=32, steps=2, batch_size=2)
+    trained = segment.run(model, options, tmp_path / "out")
+    for kind in ("images", "annotations"):
+        shutil.rmtree(data / kind / "train")
+    alone = options.model_copy(update={"head": tmp_path / "out", "steps": None})
+    assert segment.run(model, alone, tmp_path / "again").metrics == trained.metrics
+
+
+def test_a_strip_is_refused_before_it_fills_the_memory(model: VisionTransformer, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    name = sorted((data / "images/val").iterdir())[0].name
+    Image.new("RGB", (100, 2)).save(data / "images/val" / name)
+    Image.new("L", (100, 2), 1).save(data / "annotations/val" / name)
+    options = SegmentOptions(dataset="masks", data=data, ignore_zero=True, crop=32, steps=1, batch_size=2)
+    with pytest.raises(InputError, match=rf"{name}: 100 x 2 pixels, over 20 times as long as wide"):
+        segment.run(model, options, tmp_path / "out")
+
+
 def test_options_that_do_not_go_together_are_named() -> None:
     for given, message in (
         ({"protocol": "dinov2"}, "--protocol dinov2 without --dataset; give ade20k"),
         ({"dataset": "ade20k", "ignore_zero": True}, "--ignore_zero with --dataset ade20k"),
         ({"dataset": "ade20k", "head": Path("h"), "steps": 3}, "--steps 3 with --head h"),
+        ({"dataset": "ade20k", "head": Path("h"), "layers": 4}, "--layers 4 with --head h"),
     ):
         with pytest.raises(InputError, match=message):
             SegmentOptions(model=("x",), **given).needs()

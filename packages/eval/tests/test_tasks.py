@@ -22,9 +22,10 @@ from vitreg_eval.config import (
     SegmentOptions,
 )
 from vitreg_eval.datasets import scenes
-from vitreg_eval.extract import all_tokens, extract, train_and_test
+from vitreg_eval.extract import all_tokens, extract
 from vitreg_eval.search import pad_to_patches
 from vitreg_eval.tasks import classify, depth, doctor, knn, linear, lost, norms, segment
+from vitreg_eval.training import evaluations
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, registers=2, num_classes=3)
 SMALL = {"train_images": 96, "test_images": 64}
@@ -91,8 +92,10 @@ def test_probes_read_folders(model: VisionTransformer, photos: Path, tmp_path: P
 
 def test_splits_with_other_classes_are_refused(model: VisionTransformer, photos: Path) -> None:
     (photos / "val" / "class1").rename(photos / "val" / "other")
+    with pytest.raises(InputError, match=r"classes only in train or only in val: \['class1', 'other'\]"):
+        knn.run(model, KnnOptions(data=photos), photos)
     with pytest.raises(InputError, match=r"class folders only in train or val: \['class1', 'other'\]; make them equal"):
-        train_and_test(model, KnnOptions(data=photos))
+        evaluations(photos, "label", "fp32")
 
 
 def test_classify_counts_what_the_head_gets_right(model: VisionTransformer, photos: Path, tmp_path: Path) -> None:
@@ -102,6 +105,7 @@ def test_classify_counts_what_the_head_gets_right(model: VisionTransformer, phot
         model.head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
     outcome = classify.run(model, ClassifyOptions(data=photos / "val"), tmp_path)
     assert outcome.metrics["top1"].value == 0.5
+    assert outcome.notes == ["warning: the head has 3 outputs; the 2 class folders are taken for its first ones"]
     with pytest.raises(InputError, match="no data: give --data DIR or set VITREG_DATA"):
         classify.run(model, ClassifyOptions(), tmp_path)
 

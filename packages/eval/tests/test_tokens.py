@@ -94,7 +94,7 @@ def test_without_outliers_there_are_two_rows(telling: type[Telling], photos: Pat
 
 
 def test_tokens_are_those_of_the_model(model: VisionTransformer, photos: Path) -> None:
-    examples = tokens.open_splits(None, photos)[1]
+    examples = tokens.open_splits(None, photos).val
     images = torch.stack([model.preprocess(examples.read(index)) for index in range(len(examples))])
     planted, _ = plant_register_neurons(model, images, layer=1, share=0.05, factor=20.0)
     with torch.no_grad():
@@ -138,6 +138,14 @@ def test_the_score_is_that_of_scikit_learn() -> None:
 def test_too_few_images_with_outliers_are_refused(telling: type[Telling], photos: Path) -> None:
     with pytest.raises(InputError, match=r"only 0 training and 0 other images .* above and below 1000; give another"):
         tokens.run(telling(outliers=True), TokensOptions(data=photos, cutoff=1000), photos)
+
+
+def test_too_few_images_without_outliers_are_refused(telling: type[Telling], photos: Path) -> None:
+    for path in photos.glob("train/*/*"):
+        if int(path.stem) > 7:
+            path.unlink()
+    with pytest.raises(InputError, match="8 training and 60 other images; give 10 or more to train on"):
+        tokens.run(telling(outliers=False), TokensOptions(data=photos), photos)
 
 
 def test_automatic_registers_are_refused() -> None:

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import recall_score, top_k_accuracy_score
 from torch import nn
-from torch.nn import functional as F
 from vitreg_core import VisionTransformer, ViTConfig, save_model
 from vitreg_core.clip import ClipConfig, DualEncoder, TextConfig, clip_vision
 from vitreg_core.config import PreprocessConfig
@@ -196,6 +195,18 @@ def test_scenes_are_named_by_texture(tmp_path: Path) -> None:
     assert "a {} disc alone on a smooth background" in prompts.SCENE_TEMPLATES
 
 
+def test_the_paper_table_opens_dual_encoders(photos: Path, of_planted: None, tmp_path: Path) -> None:
+    for wnid, name in zip(("n01440764", "n01443537"), ("red", "green"), strict=True):
+        shutil.copytree(photos / "val" / name, tmp_path / "data" / "imagenet-1k" / "val" / wnid)
+        shutil.copytree(photos / "val" / name, tmp_path / "data" / "imagenet-1k" / "train" / wnid)
+    line = f"paper table2b --model x --data {tmp_path / 'data'} --device cpu --out {tmp_path / 'out'}"
+    for _ in range(2):
+        main(line.split())
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| x | 0.5 (" in table  # neither name is a colour, so that all are called by the first
+    assert "0.601" in table
+
+
 # Names of classes
 
 
@@ -285,8 +296,9 @@ def test_other_texts_or_weights_are_others(tmp_path: Path) -> None:
     text_features(one, ["red", "blue"], tmp_path)
     for model, lines in ((other, ["red", "blue"]), (one, ["blue", "red"])):
         torch.testing.assert_close(text_features(model, lines, tmp_path), model.encode_text(lines))
-    class_features(one, ["red", "blue"], ["{}"], tmp_path)
-    assert len(list(tmp_path.iterdir())) == 4
+    for names, lines in ((["red", "blue"], ["{}"]), (["green", "blue"], ["{}"]), (["red", "blue"], ["{} {}", "{}"])):
+        torch.testing.assert_close(class_features(one, names, lines, tmp_path), class_features(one, names, lines))
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_texts_that_are_no_numbers_are_refused() -> None:

@@ -3,14 +3,17 @@
 The pickle is only written, never read: loading one runs code.
 """
 
+import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vitreg_core.errors import InputError
+import numpy as np
 
 from vitreg_eval.discovery import Box
+from vitreg_eval.files import write_whole
 from vitreg_eval.results import write_json
 
 FILES = ("boxes.json", "boxes_coco.json", "preds.pkl")
@@ -39,14 +42,22 @@ def write_boxes(folder: Path, found: Sequence[FoundBox]) -> None:
     """
     write_json(folder / "boxes.json", [record(one) for one in found])
     write_json(folder / "boxes_coco.json", [coco_record(one) for one in found])
-    content = pickle.dumps({one.name: list(one.box) for one in found}, protocol=4)
-    temporary = folder / ".preds.pkl.tmp"
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(folder / "preds.pkl")
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{folder}: cannot be written ({error.strerror}); give another --out") from None
+    write_whole(folder / "preds.pkl", pickled({one.name: one.box for one in found}))
+
+
+class Pickler(pickle.Pickler):
+    """Pickles arrays so that every NumPy reads them: versions 1 and 2 keep their own readers in other places."""
+
+    def reducer_override(self, given: object) -> Any:  # noqa: ANN401 (as Python defines it)
+        """Store an array as a call of `numpy.array`."""
+        return (np.array, (given.tolist(), given.dtype.str)) if isinstance(given, np.ndarray) else NotImplemented
+
+
+def pickled(boxes: Mapping[str, Box]) -> bytes:
+    """LOST's prediction file: by image name, an int64 array of x0, y0, x1, y1."""
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=4).dump({name: np.array(box, dtype=np.int64) for name, box in boxes.items()})
+    return buffer.getvalue()
 
 
 def record(one: FoundBox) -> dict[str, object]:

@@ -17,7 +17,7 @@ from vitreg_eval.metrics import Metric, middle
 from vitreg_eval.results import Result, align, number
 
 NOT_COMPARED = ("device", "batch_size", "cache")
-"""Settings that change no number by more than rounding."""
+"""Settings that change no number by more than rounding; but see `counts`."""
 FEWEST = 20
 """Images below which resamples say too little of the noise for a verdict."""
 Z95 = 1.959964
@@ -91,6 +91,8 @@ def compare(first: Result, other: Result) -> Comparison:
             f"{first.task} of {first.model.source} with {other.task} of {other.model.source}: their numbers mean "
             "different things; give results of one task"
         )
+    if not first.metrics and not other.metrics:
+        raise InputError(f"{first.task} gives no numbers to compare; give results of a task that measures")
     shared = [name for name in first.metrics if name in other.metrics]
     if not shared:
         raise InputError(
@@ -129,7 +131,7 @@ def unlike(first: Result, other: Result) -> Iterator[str]:
     changed = [
         f"{name} {first.settings.get(name, 'not there')} and {other.settings.get(name, 'not there')}"
         for name in dict.fromkeys([*first.settings, *other.settings])
-        if name not in NOT_COMPARED and first.settings.get(name) != other.settings.get(name)
+        if counts(first.task, name) and first.settings.get(name) != other.settings.get(name)
     ]
     if changed:
         yield f"different settings: {'; '.join(changed)}"
@@ -148,6 +150,11 @@ def unlike(first: Result, other: Result) -> Iterator[str]:
     ]
     if changed_versions:
         yield f"different versions: {', '.join(changed_versions)}"
+
+
+def counts(task: str, setting: str) -> bool:
+    """Whether a setting changes numbers by more than rounding; heads of `segment` are trained on its batches."""
+    return setting not in NOT_COMPARED or (task, setting) == ("segment", "batch_size")
 
 
 def about_intervals(rows: Sequence[Difference]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from vitreg_eval.analyses.registers import plot_register_curves
 from vitreg_eval.config import AUTO, ClassifyOptions, LabelOptions, NormsOptions, TaskOptions
 from vitreg_eval.datasets import ImageSet, image_set, photo_folder, scenes
 from vitreg_eval.datasets.examples import subset
-from vitreg_eval.labelled_features import open_split
+from vitreg_eval.datasets.labelled import open_labelled
 from vitreg_eval.metrics import Metric, measure
 from vitreg_eval.paths import data_folder
 from vitreg_eval.results import Outcome, make_folder, result, write_result
@@ -65,7 +65,7 @@ def variant(model: VisionTransformer, count: int | str, options: TaskOptions) ->
 def calibration_images(model: VisionTransformer, options: TaskOptions) -> ImageSet:
     """Images like those of the task: of its training set where it has one, else of the set itself, without labels."""
     if isinstance(options, LabelOptions) and not options.on_scenes:
-        train = open_split(options, "train")
+        train = open_labelled(options.dataset, options.data, "train")
         count = min(CALIBRATION_IMAGES, len(train))
         record = train.data.model_copy(update={"n": count})
         spread = subset(train, torch.arange(count) * len(train) // count, record)

@@ -23,7 +23,7 @@ def labelled(options: Any, backbone: Backbone) -> DataRecord:  # noqa: ANN401, A
     """Of the tasks on labelled images."""
     from vitreg_eval.datasets.labelled import open_labelled
 
-    return open_labelled(options.dataset, data_folder(options.data), "val").data
+    return open_labelled(options.dataset, options.data, "val").data
 
 
 def classify(options: Any, backbone: Backbone) -> DataRecord:  # noqa: ANN401

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -18,11 +19,13 @@ from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
 from vitreg_core.precision import Precision, use_precision
 
+from vitreg_eval.files import write_whole
 from vitreg_eval.prefetch import READERS, in_order
 from vitreg_eval.processes import Processes, processes
-from vitreg_eval.results import make_folder
 
 T = TypeVar("T")
+LONGEST = 20
+"""Most that a picture's longer side may be over its shorter one where it is measured."""
 STATE = "head_state.pt"
 """Name of the file that lets a killed training go on."""
 
@@ -59,6 +62,18 @@ def pad_to_multiple(images: Float[Tensor, "b c height width"], patch_size: int) 
     """
     rows, cols = (-side % patch_size for side in images.shape[-2:])
     return F.pad(images, (cols // 2, cols - cols // 2, rows // 2, rows - rows // 2))
+
+
+def check_aspect(picture: Image.Image, name: str) -> None:
+    """Refuse a picture so long that its maps would fill the memory.
+
+    Raises:
+        InputError: it is over 20 times as long as wide, or the other way round.
+    """
+    if max(picture.size) > LONGEST * min(picture.size):
+        raise InputError(
+            f"{name}: {picture.width} x {picture.height} pixels, over {LONGEST} times as long as wide; leave it out"
+        )
 
 
 @torch.no_grad()
@@ -187,6 +202,7 @@ def train_head(  # the parts of a training, once each
                 if main:
                     save_state(head, optimizer, out, identity, step + 1)
             bar.update()
+    copy_buffers(head)
     head.eval()
 
 
@@ -220,6 +236,16 @@ def sum_of_processes(values: Float[Tensor, "*shape"], device: torch.device) -> F
     return reduce(values.to(device), "sum").cpu()
 
 
+def copy_buffers(head: nn.Module) -> None:
+    """Give all processes the running statistics of the first, which are those that are kept in files."""
+    if this_process().size == 1:
+        return
+    from accelerate.utils import broadcast
+
+    for buffer in head.buffers():
+        buffer.copy_(broadcast(buffer.clone()))
+
+
 def check_finite(head: nn.Module, step: int) -> None:
     """Refuse a head that has diverged."""
     if not all(tensor.isfinite().all() for tensor in head.parameters()):
@@ -236,22 +262,6 @@ def save_state(head: nn.Module, optimizer: torch.optim.Optimizer, out: Path | No
     values = {"identity": identity, "steps": steps, "head": head.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(values, buffer)
     write_whole(out / STATE, buffer.getvalue())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in its folder, then give it its own.
-
-    Raises:
-        InputError: it cannot be written; what stood there is left as it was.
-    """
-    make_folder(path.parent)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 
 
 def load_state(head: nn.Module, optimizer: torch.optim.Optimizer, out: Path | None, identity: str) -> int:

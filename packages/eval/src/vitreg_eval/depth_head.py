@@ -11,11 +11,12 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vitreg_core import whole
 from vitreg_core.config import Config
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
 from vitreg_core.weights.files import load_checked, read_tensors, weights_hash
+
+from vitreg_eval.files import write_whole
 
 BINS, MIN_DEPTH, MAX_DEPTH = 256, 1e-3, 10.0
 OFFSET = 0.1
@@ -171,17 +172,9 @@ def save_head(trained: TrainedHead, folder: Path) -> Path:
         InputError: the folder cannot be written.
     """
     path = folder / FILE
-    temporary = folder / f".{FILE}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(
-            save({name: t.detach().cpu().contiguous() for name, t in trained.head.state_dict().items()})
-        )
-        whole.write_json(path.with_suffix(".json"), trained.record.model_dump(mode="json"))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.head.state_dict().items()}
+    write_whole(path.with_suffix(".json"), (trained.record.model_dump_json(indent=2) + "\n").encode())
+    write_whole(path, save(tensors))
     return path
 
 
@@ -232,10 +225,10 @@ def released_head(path: Path, tensors: dict[str, Tensor], backbone: Backbone, ma
     """A linear depth head as DINOv2 releases it; a file may hold its backbone too, which is left out."""
     weight = tensors[RELEASED[0]]
     count, rest = divmod(weight.shape[1] if weight.ndim == 4 else 0, 2 * backbone.embed_dim)
-    if rest or count not in {1, 4}:
+    if rest or count not in {1, 4} or len(weight) < 2:
         raise InputError(
-            f"{path}: a depth head over {weight[0].numel()} features does not fit a model of width "
-            f"{backbone.embed_dim}; its inputs are 2 or 8 times the width"
+            f"{path}: a depth head with weights of {tuple(weight.shape)} does not fit a model of width "
+            f"{backbone.embed_dim}; they are (depths, 2 or 8 times the width, 1, 1)"
         )
     record = HeadRecord(
         layers=head_layers(count, backbone.depth),

@@ -65,7 +65,8 @@ def fit_depth(backbone: Backbone, data: DepthSet, options: DepthOptions, out: Pa
         batches, schedule = dinov2_batches(backbone, data, record, options), dinov2_schedule(steps)
     identity = {"record": record.model_dump(mode="json"), "data": data.pairs.data.hash, "steps": steps}
     identity |= {
-        name: getattr(options, name) for name in ("protocol", "image_size", "precision", "seed", "depth_scale")
+        name: getattr(options, name)
+        for name in ("dataset", "protocol", "image_size", "precision", "seed", "depth_scale")
     }
     torch.manual_seed(options.seed)
     head = build_head(record).to(backbone.device)
@@ -148,7 +149,7 @@ def resized_set(backbone: Backbone, data: DepthSet, options: DepthOptions) -> Im
             images, depths = zip(*pairs, strict=True)
             yield Batch(torch.stack(images), {"depth": torch.stack(depths)})
 
-    known = {**prepared(backbone.preprocess), "size": size, "depth": [rows, cols], "scale": options.depth_scale}
+    known = {**prepared(backbone.preprocess), "size": list(size), "depth": [rows, cols], "scale": options.depth_scale}
     return ImageSet(data.pairs.data, part, known)
 
 

@@ -46,7 +46,9 @@ def attention_of(view: View, head: int | None) -> Float[Tensor, " p"]:
         )
     heads, patches = view.attention.shape
     if head is not None and not 0 <= head < heads:
-        raise InputError(f"head {head} of an attention layer with {heads} heads; use 0 to {heads - 1}, or their mean")
+        raise InputError(
+            f"head {head} of an attention layer with {heads} heads; use 0 to {heads - 1}, or none for their mean"
+        )
     check_sizes(patches, view.grid, view.patch_size, view.image_size)
     check_finite(view.attention.T, "attention")
     return view.attention.mean(dim=0) if head is None else view.attention[head]

@@ -8,13 +8,12 @@ from typing import NamedTuple
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm import tqdm
-from vitreg_core.data.images import class_folders
 from vitreg_core.elastic import AutoRegisters
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone, Features
 
-from vitreg_eval.config import LabelOptions, ProbeOptions, TaskOptions
-from vitreg_eval.datasets import Batch, ImageSet, labelled_folder, scenes
+from vitreg_eval.config import ProbeOptions, TaskOptions
+from vitreg_eval.datasets import Batch, ImageSet, scenes
 from vitreg_eval.manifest import claim, describe, store_folder
 from vitreg_eval.prefetch import ahead, in_order
 from vitreg_eval.processes import Processes, processes, refuse_without_cache
@@ -22,7 +21,7 @@ from vitreg_eval.results import DataRecord
 from vitreg_eval.store import Memory, Store
 from vitreg_eval.tokens import Wanted, check_wanted, checked, no_class_token, run
 
-__all__ = ["Extracted", "Wanted", "all_tokens", "check_classes", "extract", "in_memory", "progress", "train_and_test"]
+__all__ = ["Extracted", "Wanted", "all_tokens", "extract", "in_memory", "progress", "train_and_test"]
 CLS = Wanted()
 TARGET = "target."
 """Before the name of a target among the arrays of a store."""
@@ -183,39 +182,22 @@ def located(image_set: ImageSet, spans: list[range], *, pin: bool) -> Iterator[t
 def train_and_test(
     backbone: Backbone, options: ProbeOptions, wanted: Wanted | None = None
 ) -> tuple[Extracted, Extracted]:
-    """Features of the training and the test set that the options name.
+    """Features of drawn scenes to train on and to report on, as many as the options say.
 
     Args:
         backbone: as for `extract`.
-        options: name the images; those with labels to predict (`LabelOptions`) read class tokens alone.
-        wanted: what to keep instead; by default class tokens for `LabelOptions`, else all tokens.
+        options: how many scenes, and as for `extract`.
+        wanted: what to keep; all tokens if None.
 
     Raises:
-        InputError: a folder is missing or empty, or train and val have other classes.
+        InputError: as `extract`.
     """
-    if wanted is None:
-        wanted = CLS if isinstance(options, LabelOptions) else all_tokens(backbone)
-    if isinstance(options, LabelOptions) and options.data is not None:
-        train, test = (
-            labelled_folder(backbone.preprocess, options.data, s, options.batch_size) for s in ("train", "val")
-        )
-        check_classes(options)
-    else:
-        counts = {"train": options.train_images, "test": options.test_images}
-        train, test = (scenes(backbone.preprocess, count, options.seed, split) for split, count in counts.items())
+    wanted = wanted or all_tokens(backbone)
+    counts = {"train": options.train_images, "test": options.test_images}
+    train, test = (scenes(backbone.preprocess, count, options.seed, split) for split, count in counts.items())
     return extract(backbone, train, options, wanted), extract(backbone, test, options, wanted)
 
 
 def all_tokens(backbone: Backbone) -> Wanted:
     """Every token of the last layer, as `Extracted.features` needs them."""
     return Wanted(parts=("cls", "registers", "patches") if "cls" in backbone.prefix else ("registers", "patches"))
-
-
-def check_classes(options: LabelOptions) -> None:
-    """Refuse splits whose class folders differ, since their labels would not mean the same."""
-    assert options.data is not None
-    train, val = (set(class_folders(options.data / s)) for s in ("train", "val"))
-    if train != val:
-        raise InputError(
-            f"{options.data}: class folders only in train or val: {sorted(train ^ val)[:5]}; make them equal"
-        )

@@ -10,28 +10,13 @@ from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
 
 from vitreg_eval.config import LabelOptions
-from vitreg_eval.config.datasets import HUB
-from vitreg_eval.datasets import image_set, scenes
-from vitreg_eval.datasets.examples import Examples
-from vitreg_eval.datasets.labelled import count_note, open_labelled
-from vitreg_eval.datasets.leakage import check_classes, check_disjoint
-from vitreg_eval.extract import Extracted, extract
-from vitreg_eval.paths import data_folder
+from vitreg_eval.datasets import image_set
+from vitreg_eval.datasets.labelled import open_splits
+from vitreg_eval.extract import Extracted, extract, train_and_test
 from vitreg_eval.tokens import Wanted
 
 CLASS_TOKENS = Wanted()
 """The class token of the last layer."""
-
-
-@dataclass(frozen=True)
-class Splits:
-    """A labelled data set."""
-
-    train: Examples
-    val: Examples
-    """What numbers are reported on."""
-    notes: list[str]
-    """What the reader must know of the images."""
 
 
 @dataclass(frozen=True)
@@ -43,28 +28,6 @@ class LabelledFeatures:
     classes: int
     notes: list[str]
     """What the reader must know of the images."""
-
-
-def open_splits(options: LabelOptions) -> Splits:
-    """The data set that the options name; its splits have the same classes and share no image.
-
-    Raises:
-        InputError: it is missing or damaged, or its splits do not go together.
-    """
-    train, val = (open_split(options, split) for split in ("train", "val"))
-    check_classes(train, val)
-    notes = check_disjoint(train, val)
-    return Splits(train, val, [*notes, *filter(None, (count_note(train.data), count_note(val.data)))])
-
-
-def open_split(options: LabelOptions, split: str) -> Examples:
-    """One split, `train` or `val`, of the data set that the options name.
-
-    Raises:
-        InputError: it is missing or damaged.
-    """
-    from_hub = options.dataset is not None and options.dataset.startswith(HUB)
-    return open_labelled(options.dataset, options.data if from_hub else data_folder(options.data), split)
 
 
 def labelled_features(
@@ -82,11 +45,9 @@ def labelled_features(
         InputError: as `open_splits` and `extract`.
     """
     if options.on_scenes:
-        counts = {"train": options.train_images, "test": options.test_images}
-        sets = [scenes(backbone.preprocess, count, options.seed, split) for split, count in counts.items()]
-        train, test = (extract(backbone, one, options, wanted) for one in sets)
+        train, test = train_and_test(backbone, options, wanted)
         return LabelledFeatures(train, test, class_count(train.targets[options.label]), [])
-    splits = open_splits(options)
+    splits = open_splits(options.dataset, options.data)
     sets = [
         image_set(part, preprocess or backbone.preprocess, options.batch_size) for part in (splits.train, splits.val)
     ]

@@ -89,6 +89,8 @@ def claim(folder: Path, manifest: Mapping[str, Any]) -> None:
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
     there = store.read_json(path)
+    if there.keys().isdisjoint(manifest):
+        raise InputError(f"{path}: not that of features; give another folder")
     for name in [*manifest, *there]:
         if there.get(name) != manifest.get(name):
             raise InputError(

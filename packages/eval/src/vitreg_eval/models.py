@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from vitreg_core.backbones import as_backbone
 from vitreg_core.backbones.adapter import Adapter
@@ -35,7 +36,9 @@ def open_model(source: str) -> Model:
     remote = kind in FETCHERS and bool(name) and not Path(source).exists()
     where = locate(source) if remote else Path(source)
     try:
-        model: Model = load_model(where if remote else source)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)  # so that the random weights of a preset are the same every time
+            model: Model = load_model(where if remote else source)
     except InputError as error:
         if not where.exists():
             raise

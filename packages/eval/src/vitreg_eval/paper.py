@@ -17,8 +17,8 @@ from vitreg_core.weights.files import weights_hash
 from vitreg_core.whole import write_text
 
 from vitreg_eval import report
-from vitreg_eval.compare import NOT_COMPARED
-from vitreg_eval.config import TaskOptions
+from vitreg_eval.compare import counts
+from vitreg_eval.config import SegmentOptions, TaskOptions
 from vitreg_eval.config.paper import PaperOptions
 from vitreg_eval.data_records import data_record
 from vitreg_eval.measuring import device, measure_model
@@ -139,8 +139,10 @@ def build(column: Column, options: PaperOptions) -> TaskOptions:
 
 
 def options_of(built: TaskOptions, options: PaperOptions) -> TaskOptions:
-    """Options of a task with those of the table that it has."""
-    given = {name: getattr(options, name) for name in PASSED_ON if name in type(built).model_fields}
+    """Options of a task with those of the table that it has; what heads train on at a step is that of the protocol."""
+    names = {name for name in PASSED_ON if name in type(built).model_fields}
+    names -= {"batch_size"} if isinstance(built, SegmentOptions) else set()
+    given = {name: getattr(options, name) for name in names}
     return override(built, {name: value for name, value in given.items() if value is not None})
 
 
@@ -153,12 +155,13 @@ def finished(
     except InputError:  # none, or damaged: measured again
         return None
     same = (found.task, found.model.hash, found.seed) == (column.task, weights_hash(model), options.seed)
-    return found if same and found.data == data and kept(found.settings) == kept(settings(options)) else None
+    before, now = (kept(column.task, given) for given in (found.settings, settings(options)))
+    return found if same and found.data == data and before == now else None
 
 
-def kept(given: dict[str, Any]) -> dict[str, Any]:
-    """Settings that change numbers."""
-    return {name: value for name, value in given.items() if name not in NOT_COMPARED}
+def kept(task: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Settings that change the numbers of a task."""
+    return {name: value for name, value in given.items() if counts(task, name)}
 
 
 def reasons(plan: PaperTable, cell: Measured) -> str:

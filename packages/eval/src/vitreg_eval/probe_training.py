@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 from vitreg_core.data.images import Preprocess
+from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
 from vitreg_core.precision import Precision
 
@@ -57,7 +58,7 @@ class Plan:
 
 def train_probes(
     sweep: Sweep, batches: Callable[[int], Iterator[Share]], plan: Plan, out: Path, group: Processes
-) -> int:
+) -> list[str]:
     """Train all probes, from the state in `out` if it is one of the same plan.
 
     Args:
@@ -68,12 +69,12 @@ def train_probes(
         group: the processes that share each step.
 
     Returns:
-        The step that training went on from; 0 for a new one.
+        What the reader must know of the state that was there.
 
     Raises:
-        InputError: the state cannot be written.
+        InputError: the state is that of another training, which was stopped, or it cannot be written.
     """
-    start = restore(sweep, plan, out / STATE) if group.rank == 0 else 0
+    start, notes = restore(sweep, plan, out / STATE) if group.rank == 0 else (0, [])
     if group.size > 1:
         start = spread(sweep, start)
     steps = tqdm(range(start, plan.steps), desc="probes", unit="step", disable=None, leave=False)
@@ -82,7 +83,7 @@ def train_probes(
         done = step + 1
         if group.rank == 0 and (done % plan.save_every == 0 or done == plan.steps):
             save(sweep, plan, done, out / STATE)
-    return start
+    return notes
 
 
 def spread(sweep: Sweep, step: int) -> int:
@@ -101,30 +102,47 @@ def save(sweep: Sweep, plan: Plan, step: int, path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in sweep.state().items()}
+    about = {"step": str(step), "steps": str(plan.steps), "plan": plan.fingerprint}
     try:
-        temporary.write_bytes(safetensors.torch.save(tensors, {"step": str(step), "plan": plan.fingerprint}))
+        temporary.write_bytes(safetensors.torch.save(tensors, about))
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from None
 
 
-def restore(sweep: Sweep, plan: Plan, path: Path) -> int:
-    """Read the state of the same plan into the sweep; the step it was at, or 0 where there is none that can be read."""
+def restore(sweep: Sweep, plan: Plan, path: Path) -> tuple[int, list[str]]:
+    """Read the state of the same plan into the sweep.
+
+    Returns:
+        The step it was at, 0 where there is none to go on from, and what the reader must know of it.
+
+    Raises:
+        InputError: it is that of another plan, whose training was stopped: hours of work may be in it.
+    """
+    if not path.exists():
+        return 0, []
+    damaged = 0, [f"{path.name} of an earlier training could not be read, and was replaced"]
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
-            if about.get("plan") != plan.fingerprint or not about.get("step", "").isdecimal():
-                return 0
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError):
-        return 0
+        return damaged
+    step, steps = (int(word) if (word := about.get(name, "")).isdecimal() else 0 for name in ("step", "steps"))
+    if about.get("plan") != plan.fingerprint:
+        if step < steps:
+            raise InputError(
+                f"{path}: step {step:,} of {steps:,} of a stopped training of another model, data or settings; "
+                "give another --out, or delete it"
+            )
+        return 0, [f"{path.name} of another model, data or settings was there, and was replaced"]
     state = sweep.state()
     if {name: tensor.shape for name, tensor in found.items()} != {name: tensor.shape for name, tensor in state.items()}:
-        return 0
+        return damaged
     for name, tensor in found.items():
         state[name].copy_(tensor)
-    return min(int(about["step"]), plan.steps)
+    return min(step, plan.steps), [f"training went on from step {step:,}"]
 
 
 # Which images

@@ -1,11 +1,9 @@
 """Search many images of any size for objects: batched by padded size, decoded ahead, results as they come."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +20,7 @@ from vitreg_eval.discovery import Discovery, View, check_finite
 from vitreg_eval.facets import Place, Read, read_places, smooth_outliers
 from vitreg_eval.lost import LostDiscovery, discover_all, prepare
 from vitreg_eval.methods import METHODS, Method
+from vitreg_eval.prefetch import in_order
 
 WINDOW = 4096
 """Images among which those of one padded size are brought together."""
@@ -34,9 +33,6 @@ TOKENS_ON_CPU = 4096
 
 TOKENS_AT_ONCE = 2**15
 """Patches that LOST searches at once on a GPU: a block of their Gram matrices is some 100 MB."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Setting(NamedTuple):
@@ -92,7 +88,7 @@ def search_items(backbone: Backbone, items: Iterable[Item], options: LostOptions
     def read(batch: list[Item]) -> tuple[list[Item], Float[Tensor, "b 3 height width"]]:
         return batch, torch.stack([padded_pixels(backbone, item) for item in batch])
 
-    for batch, images in ahead(batches, read):
+    for batch, images in in_order(read, batches, threads=READERS, ahead=READERS):
         yield from search_batch(backbone, batch, images, options)
 
 
@@ -124,22 +120,6 @@ def batch_size(backbone: Backbone, options: LostOptions) -> Callable[[tuple[int,
         return lambda _: options.batch_size
     area = TOKENS_ON_CPU * backbone.patch_size**2
     return lambda size: max(1, min(options.batch_size, area // (size[0] * size[1])))
-
-
-def ahead(items: Iterable[T], read: Callable[[T], R]) -> Iterator[R]:
-    """Results of a function in order, computed by a few threads while the caller works on earlier ones."""
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(READERS) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(read, item))
-                if len(pending) > READERS:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def padded_size(item: Item, patch_size: int) -> tuple[int, int]:

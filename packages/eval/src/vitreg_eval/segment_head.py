@@ -18,7 +18,8 @@ from vitreg_core.errors import InputError
 from vitreg_core.weights.files import check_tensors, read_config, read_tensors
 
 from vitreg_eval.datasets.examples import IGNORE
-from vitreg_eval.dense import HeadSchedule, write_whole
+from vitreg_eval.dense import HeadSchedule
+from vitreg_eval.files import write_whole
 
 DROPOUT = 0.1
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-3

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,12 +127,6 @@ class Store:
             with self.path(name).open("rb") as file:
                 os.fsync(file.fileno())
         write_whole(self.marker(span), json.dumps(vars(layout)) + "\n")
-
-    def clear(self) -> None:
-        """Remove everything but the manifest."""
-        shutil.rmtree(self.folder / "shards", ignore_errors=True)
-        for path in self.folder.glob("*.npy"):
-            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def writing(self, start: int) -> Iterator[None]:

@@ -15,6 +15,10 @@ from vitreg_eval.datasets.examples import IGNORE
 
 MOST_NAMED = 20
 """Classes that have a colour of their own and a name in the legend: those with the largest area."""
+WIDTH, TALLEST = 2.2, 1.5
+"""Inches of a panel's width; most that a row's height may be over it."""
+LEGEND = 1.7
+"""Inches that the names of the classes take beside the panels."""
 OTHERS, NOT_COUNTED = (0.25, 0.25, 0.25), (0.88, 0.88, 0.88)
 
 
@@ -34,7 +38,10 @@ def plot_segments(found: Sequence[Segmented], classes: Sequence[str]) -> Figure:
     """
     named = most_frequent(found)
     colours = palette(named)
-    figure, grid = panels(len(found), 3, width=2.2, height=1.8)
+    figure, grid = panels(len(found), 3, width=WIDTH)
+    heights = [WIDTH * min(one.truth.shape[0] / one.truth.shape[1], TALLEST) for one in found]
+    grid[0, 0].get_gridspec().set_height_ratios(heights)
+    figure.set_size_inches(3 * WIDTH + LEGEND, sum(heights) + 0.3)
     for row, one in zip(grid, found, strict=True):
         for axes, pixels in zip(
             row, (np.asarray(one.picture) / 255, colours[one.truth], colours[one.predicted]), strict=True

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vitreg_eval.analyses.boxes import Box, add_box
+from vitreg_eval.analyses.boxes import Box, add_box, add_legend
 from vitreg_eval.analyses.panels import OUTLIER_COLOUR, TRUTH_COLOUR, bare, panels, show_image
 
-COLUMNS = ("score", "similarity to seed", "voters", "mask, object", "box")
+COLUMNS = ("score (+ seed)", "similarity to seed", "voters", "mask, object", "box")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def plot_steps(shown: Sequence[Steps]) -> Figure:
         for box in steps.true:
             add_box(row[4], box, TRUTH_COLOUR)
         add_box(row[4], steps.box, OUTLIER_COLOUR)
+    add_legend(figure)
     return figure
 
 

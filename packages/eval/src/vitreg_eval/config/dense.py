@@ -46,6 +46,9 @@ class SegmentOptions(ProbeOptions):
                     )
         if self.ignore_zero and self.dataset != "masks":
             raise InputError(f"--ignore_zero with --dataset {self.dataset}, whose classes are fixed; leave it out")
-        if self.head is not None and self.steps is not None:
-            raise InputError(f"--steps {self.steps} with --head {self.head}, which is not trained; give one of them")
+        if self.head is not None:
+            for name in ("steps", "layers"):
+                given = getattr(self, name)
+                if given != type(self).model_fields[name].default:
+                    raise InputError(f"--{name} {given} with --head {self.head}, which is not trained; give one")
         return super().needs()

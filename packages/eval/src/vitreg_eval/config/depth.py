@@ -49,6 +49,11 @@ class DepthOptions(ProbeOptions):
             raise InputError(
                 f"--image_size {self.image_size} with --protocol dinov2, which reads whole images; drop one"
             )
+        if self.head is not None:
+            for name in ("steps", "layers"):
+                given = getattr(self, name)
+                if given != type(self).model_fields[name].default:
+                    raise InputError(f"--{name} {given} with --head {self.head}, which is not trained; give one")
         missing = super().needs()
         if self.dataset == "sun-rgbd" and self.head is None:
             missing.append("--head FILE, a head trained on nyu (sun-rgbd is measured by transfer)")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from vitreg_core.config import override
 from vitreg_core.errors import InputError
 
@@ -13,10 +13,12 @@ from vitreg_eval.config.base import AUTO, TaskOptions
 
 Facet = Literal["keys", "queries", "values"]
 
+ORIGINAL: dict[str, Any] = {"method": "lost", "k_patches": 100}
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"center": False, "normalize": False, "sweep": True, "layers": (-1,)},
-    "study": {"layer": -1, "center": True, "normalize": True, "bias": 0.05, "sweep": False},
+    "paper": {**ORIGINAL, "layer": -1, "center": False, "normalize": False, "sweep": True, "layers": (-1,)},
+    "study": {**ORIGINAL, "layer": -1, "center": True, "normalize": True, "bias": 0.05, "sweep": False},
     "test-time-registers": {
+        **ORIGINAL,
         "center": False,
         "normalize": True,
         "sweep": True,
@@ -27,6 +29,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The settings in print. All take keys for DINOv2 and values for DeiT-III and OpenCLIP, which --features says. `paper`
 is raw LOST with a bias set by hand on unstated data, hence a sweep; `study` is one fixed setting; the authors of
 test-time registers swept the last four blocks and biases from -1 to 0 on features of length 1."""
+
+
+SETTINGS = {
+    "lost": ("k_patches", "center", "normalize", "bias", "relative_bias"),
+    "tokencut": ("tau",),
+    "dino-seg": ("head", "mass"),
+}
+"""Options that one method alone reads."""
 
 
 class LostOptions(TaskOptions):
@@ -75,6 +85,12 @@ class LostOptions(TaskOptions):
     """Outputs of the qkv projection in a sweep; that of --features if not given."""
     biases: tuple[float, ...] = (-0.8, -0.6, -0.5, -0.4, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1)
     """Biases of a sweep."""
+    tau: float = Field(default=0.2, ge=-1, le=1)
+    """Cosine above which tokencut joins two patches."""
+    head: NonNegativeInt | None = 4
+    """Attention head that dino-seg reads, from 0; none for the mean over heads."""
+    mass: float = Field(default=0.6, gt=0, le=1)
+    """Share of the attention that dino-seg keeps."""
     steps: PositiveInt = 4
     """Images whose search is drawn step by step in steps.png."""
 
@@ -88,6 +104,7 @@ class LostOptions(TaskOptions):
         chosen = self.resolved()
         if chosen.sweep and chosen.method != "lost":
             raise InputError(f"--sweep with --method {chosen.method}: only lost has a bias; leave out one of them")
+        chosen.check_method()
         if chosen.sweep and self.images is not None:
             raise InputError(f"--sweep with --images {self.images}: no true boxes to judge by; give a --dataset")
         needs_data = self.dataset != "scenes" and self.data is None and not os.environ.get("VITREG_DATA")
@@ -107,6 +124,16 @@ class LostOptions(TaskOptions):
             raise InputError(f"--coco_list {self.coco_list} with --dataset {self.dataset}; give --dataset coco20k")
         if self.no_hard and not self.dataset.startswith("voc"):
             raise InputError(f"--no_hard with --dataset {self.dataset}; only VOC marks boxes as difficult or truncated")
+
+    def check_method(self) -> None:
+        """Refuse settings of another method than the one that is used."""
+        for method, names in SETTINGS.items():
+            for name in names:
+                given = getattr(self, name)
+                if method != self.method and given != type(self).model_fields[name].default:
+                    raise InputError(
+                        f"--{name} {given} with --method {self.method}: only {method} has it; leave it out"
+                    )
 
     def resolved(self) -> "LostOptions":
         """These options with what the preset fixes.

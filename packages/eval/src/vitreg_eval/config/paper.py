@@ -45,7 +45,7 @@ class PaperOptions(Config):
     precision: Literal["fp32", "fp32-fast", "bf16"] = "fp32"
     """Exact float32, faster float32 products, or bfloat16."""
     batch_size: PositiveInt = 64
-    """Images per forward pass."""
+    """Images per forward pass, other than those that heads train on."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Seed of heads, choices and bootstrap."""
 

@@ -17,7 +17,7 @@ class TokensOptions(TaskOptions):
     """Folder of the data set, or with train/<class>/ and val/<class>/ images; $VITREG_DATA if not given."""
     cutoff: PositiveFloat | None = None
     """Norm in the last block, before the final norm, above which a patch is an outlier (the paper: 150 for DINOv2 g);
-    found by the rule of the doctor on the first training images if not given."""
+    found by the rule of the doctor on some training images if not given."""
     calibration_images: int = Field(default=512, ge=16)
     """Training images, evenly spread, on which the cutoff is found."""
 

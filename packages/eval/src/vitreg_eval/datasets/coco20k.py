@@ -24,6 +24,8 @@ LIST_SHA256 = "74637e9b4f93f2ebef9b1f664aff53edd1f41ef08dad97bd22ce8e455052b335"
 """Of the list that LOST and TokenCut use: 19,817 lines such as train2014/COCO_train2014_000000000009.jpg."""
 LEVELS = ("", "COCO", "coco", "datasets/COCO")
 """Where COCO may be below the folder that is given."""
+FARTHEST = 2**30
+"""Pixels; a box that reaches so far, or that is not finite, is damaged."""
 NUMBER = re.compile(r"(?:.*_)?(\d+)\.(?:jpg|jpeg|png)$", re.IGNORECASE)
 
 
@@ -200,7 +202,7 @@ def parse(path: Path) -> dict[str, Any]:
     """Read the JSON of the annotations."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); unpack the annotations again") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise InputError(f"{path}: no images and annotations in it; give instances_*.json of COCO")
@@ -214,10 +216,10 @@ def group(content: dict[str, Any], path: Path) -> Annotations:
         single = [entry for entry in content["annotations"] if not entry.get("iscrowd", 0)]
         owners = np.array([int(entry["image_id"]) for entry in single], dtype=np.int64)
         sides = np.array([[float(value) for value in entry["bbox"]] for entry in single]).reshape(len(single), 4)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: a damaged entry ({type(error).__name__}: {error}); unpack it again") from None
-    if not np.isfinite(sides).all():
-        raise InputError(f"{path}: a box that is not finite; unpack the annotations again")
+    if not (np.abs(sides) < FARTHEST).all():
+        raise InputError(f"{path}: a box of no picture's size; unpack the annotations again")
     order = np.argsort(owners, kind="stable")
     corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], axis=1)
     boxes = np.rint(corners[order]).astype(np.int64)  # halves to even, as LOST rounds

@@ -22,6 +22,11 @@ LOOKED_AT = 8
 """Pictures of depth whose unit is looked at before anything is computed."""
 NEAREST = 0.05
 """Metres; a set whose median depth is below is in another unit."""
+FAR, FAR_SHARE = 0.99, 0.1
+"""A set is also in another unit where this share of its readings is nearer than that share of the largest depth:
+centimetres read as millimetres."""
+MOST = 2**16 - 1
+"""Largest number in a picture of depth."""
 
 Crop = Literal["nyu", "sun", "garg", "eigen", "none"]
 Decode = Callable[[np.ndarray], np.ndarray]
@@ -174,6 +179,8 @@ def read_depth(path: Path, decode: Decode) -> Float[Tensor, "height width"]:
         raise InputError(
             f"{path}: depth with mode {mode}; it must be one channel of 16 bits, 0 where there is no reading"
         )
+    if raw.min(initial=0) < 0 or raw.max(initial=0) > MOST:
+        raise InputError(f"{path}: depths from {raw.min()} to {raw.max()}; they must be 16 bits, 0 to {MOST}")
     return torch.from_numpy(decode(raw.astype(np.uint16)).astype(np.float32))
 
 
@@ -198,7 +205,8 @@ def check_unit(data: DepthSet, largest: float) -> None:
     """Refuse a set whose depths cannot be metres, by the median reading of some of its pictures.
 
     Raises:
-        InputError: no readings, or a median that is nearer than 5 cm or beyond `largest` metres.
+        InputError: no readings, a median that is nearer than 5 cm or beyond `largest` metres, or 99 % of the readings
+            within a tenth of it.
     """
     pairs = data.pairs
     count = min(LOOKED_AT, len(pairs))
@@ -208,12 +216,12 @@ def check_unit(data: DepthSet, largest: float) -> None:
         raise InputError(
             f"{where}: {count} pictures of depth have no reading at all; check the files of {pairs.names[0]}"
         )
-    median = readings.median().item()
+    median, far = readings.median().item(), np.quantile(readings.numpy(), FAR).item()
+    advice = "give the units per metre of the files as --depth_scale, or another --max_depth"
     if median < NEAREST or median > largest:
-        raise InputError(
-            f"{where}: median depth {median:.4g} m, expected {NEAREST} to {largest:g} m; give the units per metre "
-            "of the files as --depth_scale, or another --max_depth"
-        )
+        raise InputError(f"{where}: median depth {median:.4g} m, expected {NEAREST} to {largest:g} m; {advice}")
+    if far < FAR_SHARE * largest:
+        raise InputError(f"{where}: {FAR:.0%} of the depths are below {far:.4g} m, of up to {largest:g} m; {advice}")
 
 
 def valid(depth: Float[Tensor, "height width"]) -> Float[Tensor, " n"]:

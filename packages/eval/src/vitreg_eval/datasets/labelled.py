@@ -1,6 +1,7 @@
 """Labelled data sets by name: from their official layout, as class folders, or from the hub."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from vitreg_core.config import nearest
 from vitreg_core.errors import InputError
@@ -13,6 +14,7 @@ from vitreg_eval.datasets.folders import TRAIN, open_folders, split_folder, spli
 from vitreg_eval.datasets.hub import open_hub
 from vitreg_eval.datasets.layouts import Layout, find_root
 from vitreg_eval.datasets.leakage import check_classes, check_disjoint
+from vitreg_eval.paths import data_folder
 from vitreg_eval.results import DataRecord
 
 LAYOUTS: dict[str, Layout] = {
@@ -36,8 +38,20 @@ OWN_SPLIT = " (class folders)"
 """Follows the name of a data set whose split is the user's, not the official one."""
 
 
-def open_splits(dataset: str | None, folder: Path | None) -> tuple[Examples, Examples, list[str]]:
-    """What to train on, what to report on, and sentences for the reader; arguments as for `open_labelled`.
+class Splits(NamedTuple):
+    """A labelled data set."""
+
+    train: Examples
+    val: Examples
+    """What numbers are reported on."""
+    notes: list[str]
+    """What the reader must know of the images."""
+
+
+def open_splits(dataset: str | None, folder: Path | None) -> Splits:
+    """Both splits of a labelled data set, which have the same classes and share no image.
+
+    Arguments as for `open_labelled`.
 
     Raises:
         InputError: a split is missing or damaged, both share an image, or their classes differ.
@@ -45,7 +59,7 @@ def open_splits(dataset: str | None, folder: Path | None) -> tuple[Examples, Exa
     train, val = open_labelled(dataset, folder, "train"), open_labelled(dataset, folder, "val")
     check_classes(train, val)
     counts = [note for examples in (train, val) if (note := count_note(examples.data))]
-    return train, val, [*counts, *check_disjoint(train, val)]
+    return Splits(train, val, [*counts, *check_disjoint(train, val)])
 
 
 def open_labelled(dataset: str | None, folder: Path | None, split: str) -> Examples:
@@ -54,7 +68,8 @@ def open_labelled(dataset: str | None, folder: Path | None, split: str) -> Examp
     Args:
         dataset: a name of `config.datasets.DATASETS`, `hub:ORG/NAME[:CONFIG][@TRAIN,VAL]`, or None for a folder with
             train/<class>/ and val/<class>/ images; `training`, `valid`, `validation`, `eval` and `test` will do too.
-        folder: the folder of the data set, or one at most two levels above it; not read for a hub data set.
+        folder: the folder of the data set, or one at most two levels above it; that of $VITREG_DATA if None. Not read
+            for a hub data set.
         split: `train`, or `val`: the official split that numbers are reported on, whatever its name.
 
     Raises:
@@ -66,11 +81,7 @@ def open_labelled(dataset: str | None, folder: Path | None, split: str) -> Examp
         raise InputError(
             f"--dataset {dataset}: give {', '.join(DATASETS)} or {HUB}ORG/NAME{nearest(dataset, DATASETS)}"
         )
-    if folder is None:
-        raise InputError("missing: --data DIR, the folder of the data set")
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give --data the folder of the data set")
+    folder = data_folder(folder)
     return open_folders(folder.resolve().name, folder, split) if dataset is None else open_named(dataset, folder, split)
 
 

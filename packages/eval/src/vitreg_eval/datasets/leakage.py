@@ -35,14 +35,16 @@ class File:
 
 
 def check_classes(train: Examples, val: Examples) -> None:
-    """Refuse splits whose classes differ, since their labels would not mean the same.
+    """Refuse splits whose classes differ, since their labels would not mean the same, and a single class.
 
     Raises:
-        InputError: names classes that only one of them has.
+        InputError: names classes that only one of them has, or the only one.
     """
     if train.classes != val.classes:
         alone = sorted(set(train.classes) ^ set(val.classes))[:5]
         raise InputError(f"{train.data.name}: classes only in train or only in val: {alone}; make them equal")
+    if len(train.classes) < 2:
+        raise InputError(f"{train.data.name}: one class, {train.classes[0]!r}, which any model names; give two or more")
 
 
 def check_disjoint(train: Examples, val: Examples) -> list[str]:

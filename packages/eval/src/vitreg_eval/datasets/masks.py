@@ -155,9 +155,10 @@ def open_masks(root: Path, split: str, *, ignore_zero: bool = False) -> MaskSet:
     names = class_names(root)
     if names is None:
         largest = largest_value([mask for _, mask in split_files(root)])
+        check_count(largest + 1, root)
         names = tuple(f"class {number}" for number in range(largest + 1))
     classes = names[1:] if ignore_zero else names
-    check_count(classes, root)
+    check_count(len(classes), root)
     table = {number + ignore_zero: number for number in range(len(classes))} | {IGNORE: IGNORE}
     if ignore_zero:
         table[0] = IGNORE
@@ -229,7 +230,7 @@ def largest_value(masks: Sequence[Path]) -> int:
     return int(max(tops, default=0))
 
 
-def check_count(classes: Sequence[str], root: Path) -> None:
+def check_count(classes: int, root: Path) -> None:
     """Refuse a number of classes that cannot be learned or kept."""
-    if not 2 <= len(classes) <= MOST:
-        raise InputError(f"{root}: {len(classes)} classes; give masks of 2 to {MOST} classes, one number per pixel")
+    if not 2 <= classes <= MOST:
+        raise InputError(f"{root}: {classes} classes; give masks of 2 to {MOST} classes, one number per pixel")

@@ -185,13 +185,22 @@ def voc_photos(folder: Path, options: LostOptions) -> PhotoSet:
     kept = [(item, own) for item, own in zip(listed, boxes, strict=True) if len(own) or not options.no_hard]
     if not kept:
         raise InputError(f"--no_hard leaves none of the {len(listed)} images of {split} with a box; leave it out")
-    photos = [PhotoFile(item.name, item.path, own, int(item.id.replace("_", ""))) for item, own in kept]
+    numbers = image_numbers([item.id for item, _ in kept])
+    photos = [PhotoFile(item.name, item.path, own, number) for (item, own), number in zip(kept, numbers, strict=True)]
     record = file_record([item.path for item, _ in kept], folder, split)
     notes = []
     if options.no_hard:
         dropped = sum(len(item.boxes) for item in listed) - sum(len(own) for _, own in kept)
         notes = [f"--no_hard left out {dropped} boxes, and {len(listed) - len(kept)} of {len(listed)} images with them"]
     return PhotoSet(record.model_copy(update={"name": options.dataset}), photos, notes)
+
+
+def image_numbers(names: list[str]) -> list[int]:
+    """What COCO-style results call images: the digits of VOC's names, or places in the list where some have others."""
+    digits = [name.replace("_", "") for name in names]
+    if all(word.isdecimal() for word in digits) and len(set(map(int, digits))) == len(digits):
+        return [int(word) for word in digits]
+    return list(range(1, len(names) + 1))
 
 
 def kept_boxes(item: VocImage) -> Boxes:

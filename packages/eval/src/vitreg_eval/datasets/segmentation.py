@@ -26,7 +26,8 @@ DATASETS: dict[str, Callable[[Path, str], MaskSet]] = {
 class TrainAndTest(NamedTuple):
     """The two splits of a data set."""
 
-    train: MaskSet
+    train: MaskSet | None
+    """None where a trained head is given."""
     test: MaskSet
 
 
@@ -38,13 +39,21 @@ def open_segmentation(options: SegmentOptions) -> TrainAndTest:
     """
     root = data_folder(options.data)
     reader = DATASETS.get(options.dataset or "", partial(open_masks, ignore_zero=options.ignore_zero))
-    train, test = (reader(root, split) for split in ("train", "val"))
+    test = reader(root, "val")
+    if options.head is not None:
+        return TrainAndTest(None, limited(test, options))
+    train = reader(root, "train")
     both = set(train.pairs.names) & set(test.pairs.names)
     if both:
         raise InputError(
             f"{min(both)}: is in the training and in the validation split; remove it from one of the lists"
         )
-    return TrainAndTest(*(replace(part, pairs=evenly(part.pairs, options.limit)) for part in (train, test)))
+    return TrainAndTest(limited(train, options), limited(test, options))
+
+
+def limited(part: MaskSet, options: SegmentOptions) -> MaskSet:
+    """A split with as many of its pairs as the options ask for."""
+    return replace(part, pairs=evenly(part.pairs, options.limit))
 
 
 def evenly(pairs: Pairs, limit: int | None) -> Pairs:

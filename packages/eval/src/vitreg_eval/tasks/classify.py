@@ -38,4 +38,11 @@ def run(backbone: Model, options: ClassifyOptions, out: Path) -> Outcome:  # noq
         )
     ranks = {f"top{k}": top_k(scores, truth, k) for k in (1, 5) if k <= scores.shape[1]}
     metrics = {name: measure(correct, seed=options.seed) for name, correct in ranks.items()}
-    return Outcome(metrics, image_set.data)
+    return Outcome(metrics, image_set.data, fewer(int(truth.max()) + 1, scores.shape[1]))
+
+
+def fewer(folders: int, outputs: int) -> list[str]:
+    """What the reader must know where a head names more classes than there are folders."""
+    if folders == outputs:
+        return []
+    return [f"warning: the head has {outputs} outputs; the {folders} class folders are taken for its first ones"]

@@ -18,12 +18,14 @@ from vitreg_eval.config import DepthOptions
 from vitreg_eval.datasets import scenes
 from vitreg_eval.datasets.depth import check_apart, crop_of, max_depth, mean_depth, open_depth
 from vitreg_eval.datasets.depth_files import DepthSet
+from vitreg_eval.dense import check_aspect
 from vitreg_eval.depth_head import FILE, HeadRecord, TrainedHead, load_head, resize_depth, save_head
 from vitreg_eval.depth_predict import predict_depth
 from vitreg_eval.depth_train import cached_schedule, extracted_maps, fit_depth, fit_extracted
 from vitreg_eval.extract import Extracted, train_and_test
+from vitreg_eval.files import save_figure
 from vitreg_eval.metrics import DepthErrors, Metric, depth_errors, measure
-from vitreg_eval.results import Outcome, is_main_process, make_folder
+from vitreg_eval.results import Outcome, is_main_process
 
 SHOWN = 6
 PREDICTIONS = "predictions.png"
@@ -89,6 +91,7 @@ def measure_set(
     shown = []
     for index in tqdm(range(count), desc="depth", unit="image", disable=None, leave=False):
         image, depth = test.pairs.read(index)
+        check_aspect(image, test.pairs.names[index])
         predicted = predict_depth(backbone, trained, image, options)
         errors.append(errors_of(predicted, depth, test, test.pairs.names[index]))
         if guess is not None:
@@ -126,9 +129,8 @@ def draw(shown: list[Shown], largest: float, out: Path) -> None:
     """Write predictions.png, in the first process."""
     if not is_main_process():
         return
-    make_folder(out)
     images, true, predicted = zip(*((picture.image, picture.true, picture.predicted) for picture in shown), strict=True)
-    plot_depth(images, true, predicted, largest).savefig(out / PREDICTIONS)
+    save_figure(plot_depth(images, true, predicted, largest), out / PREDICTIONS)
 
 
 # Scenes

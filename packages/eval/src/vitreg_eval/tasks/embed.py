@@ -1,5 +1,6 @@
 """Features of images in a file for other programs."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from vitreg_eval.extract import Extracted, extract
 from vitreg_eval.manifest import claim, describe
 from vitreg_eval.processes import refuse_without_cache
 from vitreg_eval.results import Outcome, is_main_process
-from vitreg_eval.store import Store
 from vitreg_eval.tokens import Wanted
 
+PARTIAL = "features.partial"
+"""Folder in `out` with what is computed so far; nothing else of `out` is touched."""
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -48,12 +50,12 @@ def run(backbone: Backbone, options: EmbedOptions, out: Path) -> Outcome:
     wanted = Wanted((options.layer,), norm=options.norm, parts=options.tokens, dtype=DTYPES[options.dtype])
     manifest = describe(backbone, named.images, options.precision, wanted)
     claim(out, manifest)
-    found = extract(backbone, named.images, options, wanted, options.cache or out)
+    found = extract(backbone, named.images, options, wanted, options.cache or out / PARTIAL)
     path = out / f"features.{options.format}"
     if is_main_process():
         WRITERS[options.format](path, embedded(found, named))
     if options.cache is None:
-        Store(out, len(found), manifest["shard"]).clear()
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return Outcome({}, found.data, [f"{', '.join(options.tokens)} of {len(found)} images in {path}"])
 
 

@@ -13,8 +13,10 @@ from vitreg_core.weights.files import weights_hash
 from vitreg_eval.config import LinearOptions
 from vitreg_eval.datasets import image_set, sha256
 from vitreg_eval.datasets.examples import Examples, subset
+from vitreg_eval.datasets.labelled import open_splits
 from vitreg_eval.extract import Extracted, extract
-from vitreg_eval.labelled_features import hold_out, labelled_features, open_splits
+from vitreg_eval.labelled_features import hold_out, labelled_features
+from vitreg_eval.manifest import architecture_hash
 from vitreg_eval.metrics import Metric, mean, measure
 from vitreg_eval.probe_training import STATE, Plan, Views, cached_batches, train_probes
 from vitreg_eval.probes import Probe, Sweep, layers_of, outcomes
@@ -130,6 +132,7 @@ def plan_of(backbone: Backbone, options: LinearOptions, data: str, count: int) -
     fields = {"protocol", "label", "held_out", "precision"}
     identity = {
         "model": weights_hash(backbone),
+        "architecture": architecture_hash(backbone),
         "preprocess": backbone.preprocess.config.model_dump(mode="json"),
         "data": data,
         **options.model_dump(mode="json", include=fields),
@@ -151,20 +154,20 @@ def train_on_features(backbone: Backbone, options: LinearOptions, out: Path, gro
     plan = plan_of(backbone, options, train.data.hash, len(rest))
     sweep = new_sweep(backbone, found.classes, plan)
     batches = cached_batches(train, labels, rest, plan, group, backbone.device)
-    start = train_probes(sweep, batches, plan, out, group)
+    notes = train_probes(sweep, batches, plan, out, group)
     held_out = Part(train, held, labels[held]) if len(held) else None
-    return Trained(sweep, held_out, whole(found.test, options), [*found.notes, *resumed(start)])
+    return Trained(sweep, held_out, whole(found.test, options), [*found.notes, *notes])
 
 
 def train_on_views(backbone: Backbone, options: LinearOptions, out: Path, group: Processes) -> Trained:
     """Train on random views; only what is held out or reported on has features of its own."""
-    splits = open_splits(options)
+    splits = open_splits(options.dataset, options.data)
     rest, held = hold_out(len(splits.train), options.held_out, options.seed)
     wanted = wanted_of(backbone)
     plan = plan_of(backbone, options, splits.train.data.hash, len(rest))
     sweep = new_sweep(backbone, len(splits.train.classes), plan)
     views = Views(backbone, splits.train, rest, wanted, options.precision, options.batch_size)
-    start = train_probes(sweep, views.batches(plan, group), plan, out, group)
+    notes = train_probes(sweep, views.batches(plan, group), plan, out, group)
 
     def features(examples: Examples) -> Extracted:
         return extract(backbone, image_set(examples, backbone.preprocess, options.batch_size), options, wanted)
@@ -173,7 +176,7 @@ def train_on_views(backbone: Backbone, options: LinearOptions, out: Path, group:
     if len(held):
         record = held_out_record(splits.train.data, options, len(held))
         held_out = whole(features(subset(splits.train, held, record)), options)
-    return Trained(sweep, held_out, whole(features(splits.val), options), [*splits.notes, *resumed(start)])
+    return Trained(sweep, held_out, whole(features(splits.val), options), [*splits.notes, *notes])
 
 
 def whole(extracted: Extracted, options: LinearOptions) -> Part:
@@ -185,8 +188,3 @@ def held_out_record(train: DataRecord, options: LinearOptions, count: int) -> Da
     """Record of the held-out part of a set."""
     made = f"{train.hash} held out {options.held_out} seed {options.seed}"
     return DataRecord(name=train.name, split="train-held-out", n=count, hash=sha256(made))
-
-
-def resumed(start: int) -> list[str]:
-    """What the reader is told of a training that went on."""
-    return [f"training went on from step {start:,}"] if start else []

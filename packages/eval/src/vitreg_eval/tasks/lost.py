@@ -27,6 +27,7 @@ from vitreg_eval.config import LostOptions
 from vitreg_eval.datasets import photos as photo_sets
 from vitreg_eval.datasets.photos import Boxes, Photo, PhotoFile, PhotoSet
 from vitreg_eval.discovery import Box, Discovery, View
+from vitreg_eval.files import save_figure
 from vitreg_eval.journal import Entry, Journal
 from vitreg_eval.lost_steps import draw_steps
 from vitreg_eval.metrics import Metric, measure
@@ -96,6 +97,8 @@ def run(backbone: Backbone, options: LostOptions, out: Path) -> Outcome:
     """
     options = options.resolved()
     photo_set = open_photos(backbone, options)
+    if options.sweep and isinstance(photo_set.photos, list):
+        refuse_unjudged(photo_set)
     roll = Roll(spread(photo_set.data.n, PICTURES))
     state = PartialState()
     journal = open_journal(backbone, photo_set, options, out)
@@ -126,6 +129,15 @@ def open_photos(backbone: Backbone, options: LostOptions) -> PhotoSet:
     return photo_sets.open_photos(backbone.preprocess, options)
 
 
+def refuse_unjudged(photo_set: PhotoSet) -> None:
+    """Refuse to choose among settings by images that have no true boxes, before any is searched."""
+    if not any(photo.boxes is not None and len(photo.boxes) for photo in photo_set.photos):
+        raise InputError(
+            f"--sweep on {photo_set.data.n} images of {photo_set.data.name} {photo_set.data.split}, none of which has "
+            "a true box to judge by; check the annotations, or leave out --sweep"
+        )
+
+
 def open_journal(backbone: Backbone, photo_set: PhotoSet, options: LostOptions, out: Path) -> Journal:
     """The journal of this search: model, settings and images make its key; all processes share its folder."""
     without = {"model", "out", "device", "cache", "batch_size", "steps"}
@@ -150,10 +162,10 @@ def report(
 ) -> Outcome:
     """Everything that a finished search gives."""
     write_boxes(out, [found_box(entry, known) for entry, known in zip(entries, roll.known, strict=True)])
-    draw_found(roll, entries).savefig(out / "boxes.png")
+    save_figure(draw_found(roll, entries), out / "boxes.png")
     drawn = spread(len(roll.shown), options.steps)
     shown = sorted(roll.shown.items())
-    draw_steps(backbone, [Item(*shown[index]) for index in drawn], options).savefig(out / "steps.png")
+    save_figure(draw_steps(backbone, [Item(*shown[index]) for index in drawn], options), out / "steps.png")
     metrics = evaluate_entries(entries, roll.known, backbone.patch_size, options.seed)
     notes = [f"boxes of all images in {out / 'boxes.json'}, pictures in {out / 'boxes.png'} and {out / 'steps.png'}"]
     notes += [*alike_note(metrics, options), *photo_set.notes, *missing_notes(entries, roll.known)]
@@ -192,7 +204,7 @@ def report_sweep(
         )
         for facet, layer in dict.fromkeys((setting.features, setting.layer) for setting in settings)
     }
-    plot_sweep(lines, whole_image, relative(options)).savefig(out / "sweep.png")
+    save_figure(plot_sweep(lines, whole_image, relative(options)), out / "sweep.png")
     told = [
         f"{name}: {settings[index].features} of block {settings[index].layer}, bias {settings[index].bias:g}"
         for name, index in chosen.items()

@@ -20,8 +20,9 @@ from vitreg_eval.config import SegmentOptions
 from vitreg_eval.datasets.examples import Pairs
 from vitreg_eval.datasets.masks import MaskSet
 from vitreg_eval.datasets.segmentation import open_segmentation
-from vitreg_eval.dense import draws, sum_of_processes, this_process, train_head
+from vitreg_eval.dense import check_aspect, draws, sum_of_processes, this_process, train_head
 from vitreg_eval.extract import Extracted, train_and_test
+from vitreg_eval.files import save_figure
 from vitreg_eval.metrics import (
     Metric,
     class_areas,
@@ -32,7 +33,7 @@ from vitreg_eval.metrics import (
     pooled_pixel_accuracy,
 )
 from vitreg_eval.prefetch import READERS, in_order
-from vitreg_eval.results import Outcome
+from vitreg_eval.results import Outcome, is_main_process
 from vitreg_eval.segment_head import (
     HeadRecord,
     SegmentHead,
@@ -70,6 +71,7 @@ def run(backbone: Backbone, options: SegmentOptions, out: Path) -> Outcome:
         return Outcome(evaluate(train, test, options), test.data)
     data = open_segmentation(options)
     if options.head is None:
+        assert data.train is not None
         head, record = fit(backbone, data.train, options, out)
         save_head(head, record, out)
         crop, how = record.crop, f"protocol {options.protocol}: {PROTOCOLS[options.protocol]}; head in {out}"
@@ -79,7 +81,8 @@ def run(backbone: Backbone, options: SegmentOptions, out: Path) -> Outcome:
     crop = crop or RELEASED_CROPS.get(len(record.layers), CROP)
     segmenter = Segmenter(backbone, head, record.layers, crop, options.precision, options.batch_size)
     areas, shown = segment_all(segmenter, data.test)
-    plot_segments(shown, data.test.classes).savefig(out / PICTURES)
+    if is_main_process():
+        save_figure(plot_segments(shown, data.test.classes), out / PICTURES)
     notes = [how, f"windows of {crop} px, shorter side {crop} px, measured at the size of the masks"]
     return Outcome(metrics(areas, options.seed), data.test.pairs.data, [*notes, f"pictures in {out / PICTURES}"])
 
@@ -179,6 +182,7 @@ def views(
 
     def prepare(index: int) -> tuple[Tensor, Tensor]:
         picture, mask = pairs.read(index)
+        check_aspect(picture, pairs.names[index])
         return whole_view(picture, segmenter.backbone.preprocess, segmenter.crop), mask
 
     read = in_order(prepare, indices, threads=READERS, ahead=2 * READERS)

@@ -18,7 +18,6 @@ from vitreg_core.features import Backbone, Features
 from vitreg_core.outliers import find_outliers
 from vitreg_core.precision import use_precision
 
-from vitreg_eval.config.datasets import HUB
 from vitreg_eval.config.tokens import TokensOptions
 from vitreg_eval.datasets import image_set
 from vitreg_eval.datasets.examples import Examples, subset
@@ -27,7 +26,6 @@ from vitreg_eval.extract import progress
 from vitreg_eval.labelled_features import hold_out
 from vitreg_eval.logistic import STRENGTHS, Problem, fit_path
 from vitreg_eval.metrics import Metric, measure
-from vitreg_eval.paths import data_folder
 from vitreg_eval.results import DataRecord, Outcome
 from vitreg_eval.scoring import score, score_alone
 
@@ -56,24 +54,18 @@ def run(backbone: Backbone, options: TokensOptions, out: Path) -> Outcome:  # no
     Raises:
         InputError: no labelled images, splits that share one, or too few images with outliers.
     """
-    train, val, about = open_splits(options.dataset, folder_of(options))
-    cutoff = options.cutoff or find_cutoff(backbone, train, options)
+    splits = open_splits(options.dataset, options.data)
+    cutoff = options.cutoff or find_cutoff(backbone, splits.train, options)
     fitted, judged = (
-        collect(backbone, examples, options, cutoff, index) for index, examples in enumerate((train, val))
+        collect(backbone, examples, options, cutoff, index) for index, examples in enumerate((splits.train, splits.val))
     )
     check(fitted, judged, cutoff)
-    metrics = dict(judge(fitted, judged, kind, options, len(train.classes)) for kind in fitted.kinds)
+    metrics = dict(judge(fitted, judged, kind, options, len(splits.train.classes)) for kind in fitted.kinds)
     metrics["outlier_images"] = measure(judged.has_outlier, seed=options.seed)
-    notes = [*about, describe(fitted, judged, cutoff)]
+    notes = [*splits.notes, describe(fitted, judged, cutoff)]
     if cutoff is not None:
         metrics["cutoff"] = Metric(value=cutoff, n=len(judged.labels))
-    return Outcome(metrics, val.data, notes)
-
-
-def folder_of(options: TokensOptions) -> Path | None:
-    """Folder of the data; none for a hub data set."""
-    from_hub = options.dataset is not None and options.dataset.startswith(HUB)
-    return options.data if from_hub else data_folder(options.data)
+    return Outcome(metrics, splits.val.data, notes)
 
 
 def describe(train: Tokens, val: Tokens, cutoff: float | None) -> str:
@@ -162,11 +154,15 @@ def check(train: Tokens, val: Tokens, cutoff: float | None) -> None:
     Raises:
         InputError: fewer than ten training images, or no image to judge by.
     """
-    if int(train.there.sum()) < FEWEST or not val.there.any():
-        raise InputError(
-            f"only {int(train.there.sum())} training and {int(val.there.sum())} other images have patches with norms "
-            f"both above and below {cutoff:.4g}; give another --cutoff, or more images"
-        )
+    count, others = int(train.there.sum()), int(val.there.sum())
+    if count >= FEWEST and others:
+        return
+    if cutoff is None:
+        raise InputError(f"{count} training and {others} other images; give {FEWEST} or more to train on")
+    raise InputError(
+        f"only {count} training and {others} other images have patches with norms both above and below {cutoff:.4g}; "
+        "give another --cutoff, or more images"
+    )
 
 
 def judge(train: Tokens, val: Tokens, kind: str, options: TokensOptions, classes: int) -> tuple[str, Metric]:
