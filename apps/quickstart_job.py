@@ -20,15 +20,15 @@ from vitreg_core.planted import plant_register_neurons
 from vitreg_core.provenance import commit, versions
 from vitreg_core.test_time import add_test_time_register
 from vitreg_core.weights.files import weights_hash
-from vitreg_eval import heads, showcase
-from vitreg_eval.config import DepthOptions, KnnOptions, LinearOptions, LostOptions, NormsOptions, SegmentOptions
+from vitreg_eval import showcase
+from vitreg_eval.config import DepthOptions, KnnOptions, LogregOptions, LostOptions, NormsOptions, SegmentOptions
 from vitreg_eval.datasets import photo_folder, scenes
-from vitreg_eval.extract import train_and_test
+from vitreg_eval.extract import all_tokens, train_and_test
 from vitreg_eval.metrics import Metric
 from vitreg_eval.published import PAPER, WITHOUT_AND_WITH
 from vitreg_eval.report import Page, Section, apart, comparison, settings_section, write_page
 from vitreg_eval.results import table, write_json
-from vitreg_eval.tasks import depth, doctor, knn, linear, lost, norms, segment
+from vitreg_eval.tasks import depth, doctor, knn, logreg, lost, norms, segment
 from vitreg_recipes import TrainConfig, find, train
 
 WITHOUT, WITH = "R = 0", "R = {}"
@@ -132,10 +132,10 @@ def evaluate(
     common: dict[str, Any] = {"seed": options.seed}
     sizes = {"train_images": options.train_images, "test_images": options.test_images}
     with tqdm(total=7, desc=f"evaluating {name}", disable=None, leave=False) as bar:
-        train_set, test_set = train_and_test(model, KnnOptions(**common, **sizes))
+        train_set, test_set = train_and_test(model, KnnOptions(**common, **sizes), all_tokens(model))
         bar.update()
         tasks: tuple[tuple[str, Callable[[], dict[str, Metric]]], ...] = (
-            ("linear", lambda: linear.evaluate(train_set, test_set, LinearOptions(**common))),
+            ("linear", lambda: {"top1": logreg.evaluate(train_set, test_set, LogregOptions(**common))["top1"]}),
             ("knn", lambda: knn.evaluate(train_set, test_set, KnnOptions(**common))),
             (
                 "segment",
@@ -242,7 +242,7 @@ def everything(models: Mapping[str, VisionTransformer], options: QuickstartOptio
         "tasks": {
             "lost": lost_options(options).model_dump(mode="json"),
             "knn": KnnOptions().model_dump(mode="json", include={"k", "temperature", "label"}),
-            "linear": {"penalties": heads.PENALTIES},
+            "linear": LogregOptions().model_dump(mode="json", include={"held_out", "float64", "passes"}),
             "doctor": OutlierRule().model_dump(mode="json"),
             "planted": {"scenes": CALIBRATION_SCENES, "seed": CALIBRATION_SEED, "share": 0.03, "factor": 10.0},
         },

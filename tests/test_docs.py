@@ -34,6 +34,12 @@ def test_the_examples_on_models_run_one_after_the_other(tmp_path: Path) -> None:
         assert line in found.stdout
 
 
+def test_the_example_of_lost_runs(tmp_path: Path) -> None:
+    code = "\n".join(blocks(ROOT / "docs" / "evaluation.md", "python"))
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert re.match(r"\(\d+, \d+, \d+, \d+\) \d+ \d+\n", found.stdout)
+
+
 def test_the_table_of_runs_says_what_the_runs_say() -> None:
     page = (ROOT / "docs" / "recipes.md").read_text()
     for name in RUNS:

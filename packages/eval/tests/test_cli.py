@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from vitreg_core import VisionTransformer, ViTConfig, save_model
 from vitreg_eval.cli import main
+from vitreg_eval.config.datasets import DATASETS
 from vitreg_eval.task import TASKS
+from vitreg_eval.tasks import norms
 
 FIELDS = {"task", "model", "data", "settings", "metrics", "notes", "versions", "seed", "commit", "seconds"}
 
@@ -32,7 +34,7 @@ def test_a_task_prints_a_table_and_writes_everything(
     assert set(result) == FIELDS
     assert result["metrics"]["top1"]["n"] == result["data"]["n"] == 32
     assert len(result["model"]["hash"]) == 64
-    assert (result["seed"], result["settings"]["k"]) == (3, 5)
+    assert (result["seed"], result["settings"]["k"]) == (3, [5])
     printed = capsys.readouterr().out
     assert "95 % interval" in printed
     assert str(out / "result.json") in printed
@@ -47,6 +49,7 @@ def test_several_models_get_a_folder_each(source: Path, tmp_path: Path) -> None:
 
 BAD = {
     "task": ("lsot", "unknown task 'lsot'; did you mean lost"),
+    "command": ("compair a b", "unknown task 'compair'; did you mean compare"),
     "no model": ("knn", "missing: --model SOURCE"),
     "nothing": (
         "lost --dataset voc07",
@@ -61,7 +64,7 @@ BAD = {
     "layer": ("lost --model {source} --layer 7 --test_images 2 --out {out}", "layer 7 of a model with 2 blocks"),
     "second model": ("knn --model {source} --model nowhere --out {out}", "model source 'nowhere'"),
     "option": ("knn --modle x", "unknown option --modle; did you mean model"),
-    "value": ("knn --model x --k 0", "k='0': Input should be greater than 0"),
+    "value": ("norms --model x --test_images 0", "test_images='0': Input should be greater than 0"),
     "choice": ("lost --model x --dataset voc", "dataset='voc'"),
     "source": ("knn --model nowhere --out {out}", "model source 'nowhere': no such file or folder"),
     "preset": ("knn --model vit_s16_rg4 --out {out}", "did you mean vit_s16_reg4"),
@@ -98,12 +101,74 @@ def test_help_names_every_task(line: str, capsys: pytest.CaptureFixture[str]) ->
     assert all(name in printed for name in TASKS)
 
 
+def test_list_names_data_and_models(capsys: pytest.CaptureFixture[str]) -> None:
+    run("list")
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in [*DATASETS, "voc07", "ade20k", "nyu", "dinov2_vitb14_reg4", "vit_s16_reg4"])
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    run("--help")
+    printed = capsys.readouterr().out
+    assert all(f"vitreg-eval {name}" in printed for name in ("compare", "paper", "list", "--version"))
+    for name in ("compare", "paper"):
+        with pytest.raises(SystemExit) as ended:
+            run(f"{name} --help")
+        assert ended.value.code == 0
+
+
+def test_an_interrupt_ends_with_one_line_and_code_130(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(norms, "run", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        run(f"norms --model {source} --out {tmp_path / 'out'} --test_images 8")
+    assert ended.value.code == 130
+    error = capsys.readouterr().err
+    assert error.startswith("vitreg-eval: interrupted")
+    assert error.count("\n") == 1
+
+
+def test_of_several_processes_the_first_prints_and_writes(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in ("1", "0"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        run(f"norms --model {source} --out {tmp_path / rank} --test_images 8 --device cpu")
+    assert not (tmp_path / "1").exists()
+    assert (tmp_path / "0" / "result.json").is_file()
+    printed = capsys.readouterr().out
+    assert printed.count("95 % interval") == 1
+    assert "result in" in printed
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     run("--version")
     assert capsys.readouterr().out == "vitreg-eval 0.1.0\n"
 
 
-def test_help_imports_no_torch() -> None:
-    code = "import sys; from vitreg_eval.cli import main; main(['--help']); print('torch' in sys.modules)"
+@pytest.mark.parametrize("words", [["--help"], ["compare"], ["paper"], ["knn"]])
+def test_what_computes_nothing_imports_no_torch(words: list[str]) -> None:
+    code = f"""
+import sys
+from vitreg_eval.cli import main
+try:
+    main({words})
+except SystemExit:
+    pass
+print('torch' in sys.modules)
+"""
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.endswith("False\n")
+
+
+def test_the_list_names_tasks_and_data(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list"])
+    said = capsys.readouterr().out
+    assert "labelled data (knn linear logreg" in said
+    assert "  dtd           dtd: images" in said
+    assert "voc07 voc12 coco20k" in said

@@ -1,17 +1,21 @@
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from vitreg_core.errors import InputError
 from vitreg_eval import lost
-from vitreg_eval.lost import discover
+from vitreg_eval.discovery import Box
+from vitreg_eval.lost import LostDiscovery, discover, discover_all
 
 PATCH = 16
 GRIDS = [(7, 11), (11, 7), (15, 20), (20, 13), (1, 23), (23, 1), (3, 3), (18, 18)]
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def pixels(grid: tuple[int, int], *, cut: tuple[int, int] = (5, 3)) -> tuple[int, int]:
@@ -44,6 +48,16 @@ def neighbours(at: tuple[int, int]) -> Iterator[tuple[int, int]]:
     yield from ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1))
 
 
+class Literal(NamedTuple):
+    """What the published steps give; no box when the seed is not in its own mask."""
+
+    box: Box | None
+    seed: int
+    degrees: list[int]
+    expansion: list[int]
+    mask: list[bool]
+
+
 def literal_lost(
     features: np.ndarray,
     grid: tuple[int, int],
@@ -53,8 +67,8 @@ def literal_lost(
     bias: float = 0.0,
     center: bool = False,
     normalize: bool = False,
-) -> tuple[int, int, int, int] | None:
-    """The published algorithm, step by step, in float64 numpy; none when the seed is not in its own mask."""
+) -> Literal:
+    """The published algorithm, step by step, with a dense float64 Gram matrix."""
     f = features.astype(np.float64)
     if center:
         f = f - f.mean(axis=0)
@@ -62,14 +76,16 @@ def literal_lost(
         f = f / np.maximum(np.sqrt((f**2).sum(axis=1, keepdims=True)), 1e-12)
     count = len(f)
     a = np.einsum("pd,qd->pq", f, f) + bias
-    degree = [np.count_nonzero(np.delete(a[q], q) > 0) for q in range(count)]
+    degree = [int(np.count_nonzero(np.delete(a[q], q) > 0)) for q in range(count)]
     order = sorted(range(count), key=lambda q: (degree[q], q))
     seed = order[0]
     voters = [q for q in order[:k] if a[seed, q] > 0]
-    mask = [a[voters, q].sum() > 0 for q in range(count)]
-    start = divmod(seed, grid[1])
-    if not mask[seed]:
-        return None
+    mask = [bool(a[voters, q].sum() > 0) for q in range(count)]
+    reached = reachable(mask, grid, divmod(seed, grid[1])) if mask[seed] else set()
+    return Literal(corners(reached, image_size) if reached else None, seed, degree, voters, mask)
+
+
+def reachable(mask: list[bool], grid: tuple[int, int], start: tuple[int, int]) -> set[tuple[int, int]]:
     reached, queue = {start}, deque([start])
     while queue:
         for row, col in neighbours(queue.popleft()):
@@ -77,9 +93,22 @@ def literal_lost(
             if inside and mask[row * grid[1] + col] and (row, col) not in reached:
                 reached.add((row, col))
                 queue.append((row, col))
-    rows, cols = [row for row, _ in reached], [col for _, col in reached]
+    return reached
+
+
+def corners(patches: set[tuple[int, int]], image_size: tuple[int, int]) -> Box:
+    rows, cols = [row for row, _ in patches], [col for _, col in patches]
     x1, y1 = (max(cols) + 1) * PATCH, (max(rows) + 1) * PATCH
     return min(cols) * PATCH, min(rows) * PATCH, min(x1, image_size[1]), min(y1, image_size[0])
+
+
+def assert_same(found: LostDiscovery, expected: Literal, image_size: tuple[int, int]) -> None:
+    assert found.box == (expected.box or (0, 0, *image_size[::-1]))
+    assert found.failed == (expected.box is None)
+    assert found.seed == expected.seed
+    assert found.degrees.flatten().tolist() == expected.degrees
+    assert found.expansion.tolist() == expected.expansion
+    assert found.mask.flatten().tolist() == expected.mask
 
 
 def straightforward_degrees(features: Tensor, bias: float = 0.0) -> Tensor:
@@ -87,15 +116,89 @@ def straightforward_degrees(features: Tensor, bias: float = 0.0) -> Tensor:
     return similar.sum(dim=1) - similar.diagonal().long()
 
 
+def hostile(name: str, features: Tensor, generator: torch.Generator) -> Tensor:
+    """Integer features with something that real ones have, too: what breaks a search that is nearly right."""
+    patch = int(torch.randint(len(features), (1,), generator=generator))
+    features = features.clone()
+    match name:
+        case "outlier":
+            features[patch] *= 10
+        case "zero patch":
+            features[patch] = 0
+        case "zeros":
+            features[:] = 0
+        case "equal":
+            features[:] = features[patch].clone()
+        case "few values":
+            features = features.sign()
+        case "positive":
+            features = features.relu()
+        case "duplicates":
+            features[::2] = features[patch].clone()
+        case "opposite corner":
+            features[:] = features[patch].sign() + 2
+            features[-1] *= -1
+    return features
+
+
+HOSTILE = ["outlier", "zero patch", "zeros", "equal", "few values", "positive", "duplicates", "opposite corner"]
+
+
 @pytest.mark.parametrize("grid", GRIDS)
-def test_boxes_of_integer_maps_are_those_of_the_published_steps(grid: tuple[int, int]) -> None:
-    for seed in range(20):
+def test_integer_maps_give_what_the_published_steps_give(grid: tuple[int, int]) -> None:
+    size = pixels(grid)
+    for seed in range(10):
         features = integers(*grid, 12, seed)
         for k, bias in ((100, 0.0), (5, 0.0), (100, -150.0), (30, 64.0)):
-            expected = literal_lost(features.numpy(), grid, pixels(grid), k=k, bias=bias)
-            found = discover(features, grid, PATCH, pixels(grid), k_patches=k, bias=bias)
-            assert found.failed == (expected is None)
-            assert found.box == (expected or (0, 0, *pixels(grid)[::-1]))
+            expected = literal_lost(features.numpy(), grid, size, k=k, bias=bias)
+            for precise in (features, features.double()):
+                found = discover(precise, grid, PATCH, size, k_patches=k, bias=bias)
+                assert_same(found, expected, size)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (1, 1), (1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_maps_give_what_the_published_steps_give(grid: tuple[int, int], kind: str) -> None:
+    size = pixels(grid)
+    for seed in range(4):
+        features = hostile(kind, integers(*grid, 12, seed), torch.Generator().manual_seed(seed))
+        for bias in (0.0, -20.0):
+            expected = literal_lost(features.numpy(), grid, size, bias=bias)
+            for precise in (features, features.double()):
+                assert_same(discover(precise, grid, PATCH, size, bias=bias), expected, size)
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.float64),
+        pytest.param("cuda", torch.float32, marks=CUDA),
+        pytest.param("cuda", torch.float64, marks=CUDA),
+    ],
+)
+def test_batches_and_sweeps_give_what_single_searches_give(device: str, precision: torch.dtype) -> None:
+    grid, biases = (13, 17), (-300.0, 0.0, 40.0, 0.0)
+    sizes = [pixels(grid), pixels(grid, cut=(0, 15)), pixels(grid, cut=(15, 0)), pixels(grid, cut=(0, 0))]
+    maps = [integers(*grid, 24, seed) for seed in range(3)]
+    maps.append(hostile("zero patch", maps[0], torch.Generator().manual_seed(0)))
+    batch = torch.stack(maps).to(device, precision)
+    by_image = discover_all(batch, grid, PATCH, sizes, k_patches=40, biases=biases)
+    assert [len(by_bias) for by_bias in by_image] == [4] * 4
+    for features, size, by_bias in zip(maps, sizes, by_image, strict=True):
+        for bias, found in zip(biases, by_bias, strict=True):
+            assert_same(found, literal_lost(features.numpy(), grid, size, k=40, bias=bias), size)
+
+
+def test_a_batch_names_the_image_that_is_broken_and_wants_all_sizes() -> None:
+    features = torch.ones(3, 12, 4)
+    with pytest.raises(InputError, match="2 image sizes for the features of 3 images"):
+        discover_all(features, (3, 4), PATCH, [(48, 64)] * 2)
+    with pytest.raises(InputError, match="does not fit an image of 64 x 48"):
+        discover_all(features, (3, 4), PATCH, [(48, 64), (64, 48), (48, 64)])
+    features[1, 5] = float("nan")
+    with pytest.raises(InputError, match=r"1 of 36 patches are not finite \(first: image 1 of the batch, patch 5\)"):
+        discover_all(features, (3, 4), PATCH, [(48, 64)] * 3)
 
 
 @pytest.mark.parametrize("grid", [(7, 11), (15, 12)])
@@ -106,14 +209,14 @@ def test_preprocessing_is_centre_then_normalise_then_bias(grid: tuple[int, int],
         features = (smooth(*grid, 16, seed) + 0.5).double()  # the double keeps signs near 0
         options = {"bias": bias, "center": "center" in steps, "normalize": "normalize" in steps}
         expected = literal_lost(features.numpy(), grid, pixels(grid), **options)
-        assert discover(features, grid, PATCH, pixels(grid), **options).box == expected
+        assert_same(discover(features, grid, PATCH, pixels(grid), **options), expected, pixels(grid))
 
 
 def test_an_object_of_the_opposite_sign_is_boxed_by_column_then_row() -> None:
     features, grid = tones([".........", "...##....", "...##....", "...#.....", "........."])
     found = discover(features, grid, PATCH, pixels(grid))
     assert found.box == (48, 16, 80, 64)
-    assert (found.seed, found.degree, found.similar) == (12, 4, 5)
+    assert (found.seed, found.degree, found.expansion.tolist()) == (12, 4, [12, 13, 21, 22, 30])
     assert found.degrees.shape == found.mask.shape == found.component.shape == (5, 9)
     assert torch.equal(found.component, features[:, 0].reshape(grid) != features[0, 0])
     assert (found.failed, found.full_image, found.seed_on_border) == (False, False, False)
@@ -171,7 +274,7 @@ def test_a_seed_in_the_outer_rows_or_columns_is_on_the_border(at: int) -> None:
 
 def test_orthogonal_patches_are_not_similar() -> None:
     found = discover(torch.eye(6), (2, 3), PATCH, (32, 48))
-    assert (found.seed, found.degree, found.similar, found.box) == (0, 0, 1, (0, 0, 16, 16))
+    assert (found.seed, found.degree, found.expansion.tolist(), found.box) == (0, 0, [0], (0, 0, 16, 16))
 
 
 @pytest.mark.parametrize("grid", [(15, 20), (14, 14), (30, 40)])
@@ -185,7 +288,7 @@ def test_integer_features_give_one_answer_in_every_precision_and_block_size(
         assert torch.equal(single.degrees.flatten(), straightforward_degrees(features))
         assert torch.equal(single.degrees, double.degrees)
         for rows in (1, 7, 199, 10_000) if grid == (15, 20) else (10_000,):
-            monkeypatch.setattr(lost, "BLOCK_ROWS", rows)
+            monkeypatch.setitem(lost.BLOCK_ROWS, "cpu", rows)
             other = discover(features, grid, PATCH, pixels(grid))
             assert torch.equal(other.degrees, single.degrees)
             assert other.box == single.box == double.box
@@ -251,7 +354,8 @@ def test_a_bias_equals_a_constant_channel_of_its_root(root: float) -> None:
         longer = torch.cat([features, torch.full((len(features), 1), root)], dim=1)
         appended = discover(longer, (9, 14), PATCH, (144, 224))
         assert torch.equal(biased.degrees, appended.degrees)
-        assert (biased.box, biased.similar) == (appended.box, appended.similar)
+        assert biased.box == appended.box
+        assert torch.equal(biased.expansion, appended.expansion)
         changed += not torch.equal(biased.mask, discover(features, (9, 14), PATCH, (144, 224)).mask)
     assert changed or root < 1
 
@@ -260,7 +364,7 @@ def test_a_patch_of_zeros_fails_as_a_miss_over_the_whole_image() -> None:
     features, grid = tones([".....", "..##.", "....."])
     features[3] = 0
     found = discover(features, grid, PATCH, pixels(grid))
-    assert (found.seed, found.degree, found.similar) == (3, 0, 0)
+    assert (found.seed, found.degree, len(found.expansion)) == (3, 0, 0)
     assert (found.failed, found.full_image, found.box) == (True, True, (0, 0, 77, 43))
     assert not found.component.any()
     assert found.component_share == 0
@@ -309,3 +413,47 @@ def test_prefix_tokens_left_in_are_refused(count: int) -> None:
 def test_a_search_without_candidates_is_refused() -> None:
     with pytest.raises(InputError, match="k_patches=0: LOST needs at least 1 candidate patch"):
         discover(torch.ones(12, 4), (3, 4), PATCH, (48, 64), k_patches=0)
+
+
+def test_features_whose_products_overflow_are_refused() -> None:
+    with pytest.raises(InputError, match=r"features up to 1.0e\+30 overflow when multiplied; scale them down"):
+        discover(torch.full((12, 4), 1e30), (3, 4), PATCH, (48, 64))
+
+
+class LargestTensor(TorchFunctionMode):
+    """Remembers the bytes of the largest tensor that an operation makes."""
+
+    size = 0
+
+    def __torch_function__(
+        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.size = max(self.size, made.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("biases", [(0.0,), (-1.0, 0.0, 1.0)])
+def test_memory_stays_at_a_few_rows_of_the_gram_matrix(biases: tuple[float, ...]) -> None:
+    grid = (40, 50)
+    with LargestTensor() as largest:
+        discover_all(integers(*grid, 8, 0)[None], grid, PATCH, [pixels(grid)], biases=biases)
+    assert largest.size == 128 * 2000 * 4
+
+
+def test_a_result_says_how_it_was_found() -> None:
+    features, grid = tones([".........", "...##....", "...##....", "...#.....", "........."])
+    found = discover(features, grid, PATCH, pixels(grid))
+    assert found.diagnostics() == {
+        "seed": 12,
+        "seed_on_border": False,
+        "mask_share": 0.1111,
+        "object_share": 0.1111,
+        "full_image": False,
+        "failed": False,
+        "seed_degree_share": 0.0889,
+        "expansion": 5,
+    }
+    assert found.score.flatten().argmax() == found.seed
+    assert found.score[0, 0] == pytest.approx(1 - 39 / 45)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 from vitreg_core import VisionTransformer, ViTConfig, create_model, load_model, save_model
 from vitreg_core.data.scenes import draw_scenes
@@ -23,8 +22,10 @@ from vitreg_eval.config import (
     SegmentOptions,
 )
 from vitreg_eval.datasets import scenes
-from vitreg_eval.extract import extract, train_and_test
+from vitreg_eval.extract import all_tokens, extract
+from vitreg_eval.search import pad_to_patches
 from vitreg_eval.tasks import classify, depth, doctor, knn, linear, lost, norms, segment
+from vitreg_eval.training import evaluations
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, registers=2, num_classes=3)
 SMALL = {"train_images": 96, "test_images": 64}
@@ -49,25 +50,6 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_knn_votes_equal_scikit_learn() -> None:
-    generator = torch.Generator().manual_seed(0)
-    train, test = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    labels = torch.randint(0, 4, (200,), generator=generator)
-    votes = knn.knn_votes(train, labels, test, k=7, temperature=0.07)
-
-    def weigh(distances: np.ndarray) -> np.ndarray:
-        weights = np.exp((1 - distances) / 0.07)
-        return weights / weights.sum(axis=1, keepdims=True)
-
-    theirs = KNeighborsClassifier(7, weights=weigh, metric="cosine").fit(train.numpy(), labels.numpy())
-    np.testing.assert_allclose(votes.numpy(), theirs.predict_proba(test.numpy()), atol=1e-4)
-
-
-def test_more_neighbours_than_images_are_refused() -> None:
-    with pytest.raises(InputError, match="k=20 neighbours of only 5 training images; give a smaller --k"):
-        knn.knn_votes(torch.zeros(5, 2), torch.zeros(5, dtype=torch.long), torch.zeros(1, 2), k=20, temperature=0.07)
-
-
 def test_training_and_test_scenes_never_meet(model: VisionTransformer) -> None:
     sets = [scenes(model.preprocess, 100, seed, split) for seed in (0, 1) for split in ("train", "test")]
     drawn = [image.numpy().tobytes() for image_set in sets for batch in image_set.batches() for image in batch.images]
@@ -77,7 +59,7 @@ def test_training_and_test_scenes_never_meet(model: VisionTransformer) -> None:
 
 def test_features_of_a_set_are_those_of_its_images(model: VisionTransformer) -> None:
     image_set = scenes(model.preprocess, 70, 0, "test")
-    found = extract(model, image_set, KnnOptions())
+    found = extract(model, image_set, KnnOptions(), all_tokens(model))
     batches = list(image_set.batches())
     with torch.no_grad():
         expected = model(batches[1].images)
@@ -90,7 +72,7 @@ def test_features_of_a_set_are_those_of_its_images(model: VisionTransformer) -> 
 def test_probes_on_scenes_give_numbers_with_intervals(model: VisionTransformer, tmp_path: Path) -> None:
     outcomes = {
         "knn": knn.run(model, KnnOptions(**SMALL, k=5), tmp_path),
-        "linear": linear.run(model, LinearOptions(**SMALL), tmp_path),
+        "linear": linear.run(model, LinearOptions(**SMALL, steps=3), tmp_path),
         "segment": segment.run(model, SegmentOptions(**SMALL, steps=3), tmp_path),
         "depth": depth.run(model, DepthOptions(**SMALL, steps=3), tmp_path),
     }
@@ -110,8 +92,10 @@ def test_probes_read_folders(model: VisionTransformer, photos: Path, tmp_path: P
 
 def test_splits_with_other_classes_are_refused(model: VisionTransformer, photos: Path) -> None:
     (photos / "val" / "class1").rename(photos / "val" / "other")
+    with pytest.raises(InputError, match=r"classes only in train or only in val: \['class1', 'other'\]"):
+        knn.run(model, KnnOptions(data=photos), photos)
     with pytest.raises(InputError, match=r"class folders only in train or val: \['class1', 'other'\]; make them equal"):
-        train_and_test(model, KnnOptions(data=photos))
+        evaluations(photos, "label", "fp32")
 
 
 def test_classify_counts_what_the_head_gets_right(model: VisionTransformer, photos: Path, tmp_path: Path) -> None:
@@ -121,6 +105,7 @@ def test_classify_counts_what_the_head_gets_right(model: VisionTransformer, phot
         model.head.bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
     outcome = classify.run(model, ClassifyOptions(data=photos / "val"), tmp_path)
     assert outcome.metrics["top1"].value == 0.5
+    assert outcome.notes == ["warning: the head has 3 outputs; the 2 class folders are taken for its first ones"]
     with pytest.raises(InputError, match="no data: give --data DIR or set VITREG_DATA"):
         classify.run(model, ClassifyOptions(), tmp_path)
 
@@ -143,7 +128,7 @@ def test_an_unreadable_image_stops_an_evaluation_by_name(
 
 def test_lost_pads_after_normalising_and_gives_boxes_inside_the_image(model: VisionTransformer, photos: Path) -> None:
     images = torch.randn(1, 3, 41, 50)
-    padded = lost.pad_to_patches(images, 8)
+    padded = pad_to_patches(images, 8)
     assert padded.shape == (1, 3, 48, 56)
     assert torch.equal(padded[..., :41, :50], images)
     assert padded[..., 41:, :].abs().sum() == padded[..., 50:].abs().sum() == 0

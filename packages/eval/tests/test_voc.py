@@ -62,6 +62,27 @@ def test_boxes_are_half_open_and_come_from_objects_not_from_their_parts(voc: Pat
     assert image.path == voc / "JPEGImages" / "2008_000001.jpg"
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'<?xml version="1.0" encoding="utf-32"?><annotation/>',
+        b'<?xml version="1.0" encoding="none"?><annotation/>',
+        b"<annotation><object>",
+        b"\xff\xfe",
+    ],
+)
+def test_annotations_that_are_no_xml_are_named(voc: Path, content: bytes) -> None:
+    (voc / "Annotations" / "2008_000001.xml").write_bytes(content)
+    with pytest.raises(InputError, match=r"2008_000001\.xml: not valid XML .*; unpack the annotations again"):
+        voc_images(voc, 2012, "train")
+
+
+def test_a_list_that_is_no_text_is_named(voc: Path) -> None:
+    (voc / "ImageSets/Main/train.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"train\.txt: not a readable list"):
+        voc_images(voc, 2012, "train")
+
+
 def test_the_list_gives_the_images_and_their_order(voc: Path) -> None:
     (voc / "Annotations" / "2008_000003.xml").write_text("in no list, never read")
     images = voc_images(voc, 2012)

@@ -132,8 +132,15 @@ class Captured:
         """Hidden units of the MLP as its last layer reads them, `b n hidden`."""
 
 
+class Enough(Exception):  # noqa: N818 (nothing went wrong)
+    """All that was wanted has been recorded, so that the rest of the forward pass need not run."""
+
+
 class Recorder:
     """The hooks of one block."""
+
+    stops = False
+    """Whether the forward pass ends at the projection of this block."""
 
     def __init__(
         self, anatomy: Anatomy, layer: int, captured: Captured, device: torch.device | str | None, *, detached: bool
@@ -193,6 +200,8 @@ class Recorder:
                     self.keep(part, getattr(projected, part).contiguous())  # not a view that keeps the other two alive
             if self.wants("attention"):
                 self.keep("attention", self.anatomy.weights(attention, arguments))
+        if self.stops:
+            raise Enough
 
     def enter_linear(self, linear: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG002 (torch's signature)
         """Take the hidden units that the last layer of an MLP reads."""
@@ -246,12 +255,18 @@ def record(
     device: torch.device | str | None = None,
     *,
     detached: bool,
+    stop: bool = False,
 ) -> Iterator[Captured]:
-    """Hooks around forward passes; see `capture`. Values that are not detached carry gradients."""
+    """Hooks around forward passes; see `capture`. Values that are not detached carry gradients.
+
+    With `stop`, a forward pass raises `Enough` at the attention of the last of the layers, which must be read there.
+    """
     captured = Captured(layers, parts, len(anatomy.blocks))
     with ExitStack() as stack:
         for layer in set(layers):
-            for handle in Recorder(anatomy, layer, captured, device, detached=detached).install():
+            recorder = Recorder(anatomy, layer, captured, device, detached=detached)
+            recorder.stops = stop and layer == max(layers)
+            for handle in recorder.install():
                 stack.callback(handle.remove)
         yield captured
 

@@ -6,13 +6,14 @@ from types import ModuleType
 from vitreg_core.errors import InputError
 
 
-def require(module: str, extra: str, purpose: str) -> ModuleType:
+def require(module: str, extra: str, purpose: str, *, package: str = "vitreg-core") -> ModuleType:
     """Import an optional package.
 
     Args:
         module: what to import, such as `open_clip`.
-        extra: the extra of vitreg-core that installs it.
+        extra: the extra that installs it.
         purpose: what needs it, for the message.
+        package: the package whose extra it is.
 
     Raises:
         InputError: it is not installed.
@@ -20,4 +21,4 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise InputError(f"{purpose} needs {module}; install it with: pip install 'vitreg-core[{extra}]'") from None
+        raise InputError(f"{purpose} needs {module}; install it with: pip install '{package}[{extra}]'") from None

@@ -11,10 +11,12 @@ from vitreg_core.vit import VisionTransformer
 
 from vitreg_eval.analyses.registers import plot_register_curves
 from vitreg_eval.config import AUTO, ClassifyOptions, LabelOptions, NormsOptions, TaskOptions
-from vitreg_eval.datasets import ImageSet, photo_folder, scenes
+from vitreg_eval.datasets import ImageSet, image_set, photo_folder, scenes
+from vitreg_eval.datasets.examples import subset
+from vitreg_eval.datasets.labelled import open_labelled
 from vitreg_eval.metrics import Metric, measure
 from vitreg_eval.paths import data_folder
-from vitreg_eval.results import Outcome, make_folder, result, write_json
+from vitreg_eval.results import Outcome, make_folder, result, write_result
 from vitreg_eval.task import Task
 
 CALIBRATION_IMAGES = 256
@@ -40,9 +42,7 @@ def measure_counts(task: Task, model: VisionTransformer, options: TaskOptions, o
         if isinstance(one, AutoRegisters):
             outcomes[count].metrics.update(cost(one, options.seed))
         alone = options.model_copy(update={"registers": (count,)})
-        write_json(
-            folder / "result.json", result(task.name, one, outcomes[count], alone, time.perf_counter() - started)
-        )
+        write_result(folder, result(task.name, one, outcomes[count], alone, time.perf_counter() - started))
     return join({label(count): outcome for count, outcome in outcomes.items()}, out)
 
 
@@ -64,10 +64,14 @@ def variant(model: VisionTransformer, count: int | str, options: TaskOptions) ->
 
 def calibration_images(model: VisionTransformer, options: TaskOptions) -> ImageSet:
     """Images like those of the task: of its training set where it has one, else of the set itself, without labels."""
+    if isinstance(options, LabelOptions) and not options.on_scenes:
+        train = open_labelled(options.dataset, options.data, "train")
+        count = min(CALIBRATION_IMAGES, len(train))
+        record = train.data.model_copy(update={"n": count})
+        spread = subset(train, torch.arange(count) * len(train) // count, record)
+        return image_set(spread, model.preprocess, options.batch_size)
     folder = None
-    if isinstance(options, LabelOptions) and options.data is not None:
-        folder = options.data / "train"
-    elif isinstance(options, ClassifyOptions):
+    if isinstance(options, ClassifyOptions):
         folder = data_folder(options.data)
     elif isinstance(options, NormsOptions):
         folder = options.images

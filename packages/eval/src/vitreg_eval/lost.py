@@ -5,43 +5,33 @@ Patches like it vote for the rest of the object, and the connected part around t
 Similarities are dot products: real values are summed, and a pair is similar when its value is strictly positive.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import einsum
 from jaxtyping import Bool, Float, Int
-from scipy import ndimage
 from torch import Tensor
 from vitreg_core.errors import InputError
 
-BLOCK_ROWS = 200  # of the Gram matrix at a time: fast on CPU, and memory stays at 200 x p
+from vitreg_eval.discovery import Discovery, View, check_finite, check_sizes, located, view_features
 
-Box = tuple[int, int, int, int]
+BLOCK_ROWS = {"cpu": 128, "cuda": 1024}
+"""Rows of the Gram matrix at a time. On CPU fewer slow the product down, and more waste work below the diagonal."""
 
 
-@dataclass(frozen=True, eq=False)
-class Discovery:
-    """The object found in one image, and how it was found. All tensors are on the CPU."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LostDiscovery(Discovery):
+    """The object that LOST found, and how. A patch's score is the share of patches that it is not similar to."""
 
-    box: Box
-    """x0, y0, x1, y1 in pixels, half-open; the whole image when the search failed."""
-    seed: int
-    """Flat index, row by row, of the patch with the lowest degree (the first of equals)."""
-    similar: int
-    """How many of the candidate patches vote for the mask: those similar to the seed, itself included."""
     degrees: Int[Tensor, "rows cols"]
     """How many other patches each patch is similar to, 0 to p - 1."""
-    mask: Bool[Tensor, "rows cols"]
-    """Patches whose summed similarity to the voters is positive."""
-    component: Bool[Tensor, "rows cols"]
-    """The part of the mask that is connected to the seed (4 neighbours); empty when the search failed."""
-    full_image: bool
-    """Whether the box spans the whole patch grid."""
-    failed: bool
-    """Whether the seed is outside its own mask (zero features, or a bias below all similarities): count a miss."""
+    expansion: Int[Tensor, " voters"]
+    """Flat indices of the patches that vote for the mask, by increasing degree, seed first: those of the candidates
+    that are similar to the seed. Empty when the search failed."""
 
     @property
     def degree(self) -> int:
@@ -53,25 +43,56 @@ class Discovery:
         """Degree of the seed over the number of patches, 0 to 1."""
         return self.degree / self.degrees.numel()
 
-    @property
-    def mask_share(self) -> float:
-        """Area of the mask over that of the image, in patches, 0 to 1."""
-        return self.mask.double().mean().item()
-
-    @property
-    def component_share(self) -> float:
-        """Area of the object over that of the image, in patches, 0 to 1."""
-        return self.component.double().mean().item()
-
-    @property
-    def seed_on_border(self) -> bool:
-        """Whether the seed touches the border of the image, as it often does when features carry no object."""
-        rows, cols = self.degrees.shape
-        row, col = divmod(self.seed, cols)
-        return row in (0, rows - 1) or col in (0, cols - 1)
+    def diagnostics(self) -> dict[str, int | float | bool]:
+        """As for every method, with the seed's degree and the size of its expansion."""
+        return {
+            **super().diagnostics(),
+            "seed_degree_share": round(self.degree_share, 4),
+            "expansion": len(self.expansion),
+        }
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Expansion:
+    """What the steps up to the mask found in each image of a batch, on the CPU."""
+
+    degrees: Int[Tensor, "b p"]
+    candidates: Int[Tensor, "b k"]
+    """Patches of lowest degree, by increasing degree; the first is the seed."""
+    joins: Bool[Tensor, "b k"]
+    """Which candidates are similar to the seed."""
+    mask: Bool[Tensor, "b p"]
+
+    def discovery(
+        self, image: int, grid: tuple[int, int], patch_size: int, image_size: tuple[int, int]
+    ) -> LostDiscovery:
+        """The box of one image of the batch."""
+        degrees = self.degrees[image].reshape(grid)
+        candidates = self.candidates[image]
+        return LostDiscovery(
+            score=1 - degrees / degrees.numel(),
+            degrees=degrees,
+            expansion=candidates[self.joins[image]],
+            **located(self.mask[image].reshape(grid), int(candidates[0]), patch_size, image_size),
+        )
+
+
+def lost(
+    view: View, *, k_patches: int = 100, center: bool = False, normalize: bool = False, bias: float = 0.0
+) -> LostDiscovery:
+    """LOST in one view; the settings are those of `discover`."""
+    return discover(
+        view_features(view),
+        view.grid,
+        view.patch_size,
+        view.image_size,
+        k_patches=k_patches,
+        center=center,
+        normalize=normalize,
+        bias=bias,
+    )
+
+
 def discover(
     features: Float[Tensor, "p d"],
     grid: tuple[int, int],
@@ -79,10 +100,10 @@ def discover(
     image_size: tuple[int, int],
     *,
     k_patches: int = 100,
-    bias: float = 0.0,
     center: bool = False,
     normalize: bool = False,
-) -> Discovery:
+    bias: float = 0.0,
+) -> LostDiscovery:
     """Find one object from the patch features of one image (LOST, Simeoni et al. 2021, section 3).
 
     The defaults are LOST's own. The bias is what the register paper adds to the Gram matrix (Darcet et al. 2024,
@@ -94,68 +115,73 @@ def discover(
         patch_size: side of a patch in pixels.
         image_size: height and width in pixels before padding; the box stays inside.
         k_patches: how many patches of lowest degree may vote, at least 1; a count, whatever the grid.
-        bias: added to every similarity.
         center: subtract the mean patch first.
         normalize: scale every patch to unit length, after centring.
+        bias: added to every similarity.
 
     Raises:
         InputError: features that are not finite, a grid that fits neither features nor image, or no candidates.
     """
-    check_sizes(len(features), grid, patch_size, image_size)
-    check_values(features, k_patches)
-    with full_precision(features.device.type):
-        tokens = prepare(features, center=center, normalize=normalize)
-        degrees = count_similar(tokens, bias)
-        candidates = degrees.argsort(stable=True)[:k_patches]
-        voters = candidates[tokens[candidates] @ tokens[candidates[0]] > -bias]
-        votes = tokens @ tokens[voters].sum(dim=0) + len(voters) * bias
-    seed = int(candidates[0])
-    mask = (votes > 0).reshape(grid).cpu().numpy()
-    component = component_at(mask, seed)
-    everywhere = box_around(np.ones(grid, dtype=bool), patch_size, image_size)
-    failed = not component.any()
-    box = everywhere if failed else box_around(component, patch_size, image_size)
-    return Discovery(
-        box=box,
-        seed=seed,
-        similar=len(voters),
-        degrees=degrees.reshape(grid).cpu(),
-        mask=torch.from_numpy(mask),
-        component=torch.from_numpy(component),
-        full_image=box == everywhere,
-        failed=failed,
+    [[discovery]] = discover_all(
+        features[None],
+        grid,
+        patch_size,
+        [image_size],
+        k_patches=k_patches,
+        center=center,
+        normalize=normalize,
+        biases=[bias],
     )
+    return discovery
 
 
-def check_sizes(patches: int, grid: tuple[int, int], patch_size: int, image_size: tuple[int, int]) -> None:
-    """Refuse a grid that does not fit, swapped rows and columns above all: square images would hide them."""
-    rows, cols = grid
-    if rows * cols != patches or patches == 0:
-        raise InputError(
-            f"{patches} patch features for a grid of {rows} x {cols}; drop class token and registers, keep every patch"
-        )
-    if patch_size < 1 or any(
-        not pixels // patch_size <= count <= -(-pixels // patch_size)
-        for count, pixels in zip(grid, image_size, strict=True)
-    ):
-        raise InputError(
-            f"a grid of {rows} x {cols} patches of {patch_size} pixels does not fit an image of {image_size[0]} x "
-            f"{image_size[1]}; give the grid as (rows, columns) and the image as (height, width) before padding"
-        )
+@torch.no_grad()
+def discover_all(
+    features: Float[Tensor, "b p d"],
+    grid: tuple[int, int],
+    patch_size: int,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    k_patches: int = 100,
+    center: bool = False,
+    normalize: bool = False,
+    biases: Sequence[float] = (0.0,),
+) -> list[list[LostDiscovery]]:
+    """Find one object per image and per bias, in images of one grid; by image, then by bias.
 
+    All biases share the Gram matrix, the costly part. Batches pay on a GPU only: on CPU, one image at a time is faster.
 
-def check_values(features: Float[Tensor, "p d"], k_patches: int) -> None:
-    """Refuse features that cannot be compared, and a search without candidates."""
+    Args:
+        features: as for `discover`, of several images.
+        grid: rows and columns of patches.
+        patch_size: side of a patch in pixels.
+        image_sizes: height and width of each image in pixels before padding.
+        k_patches: as for `discover`, like the others below.
+        center: subtract the mean patch of each image first.
+        normalize: scale every patch to unit length, after centring.
+        biases: added to every similarity, one after the other.
+
+    Raises:
+        InputError: as for `discover`.
+    """
     if k_patches < 1:
         raise InputError(f"k_patches={k_patches}: LOST needs at least 1 candidate patch; the paper takes 100")
-    if features.sum().isfinite():
-        return  # a sum forgets neither nan nor inf, and is ten times as fast as asking every value
-    broken = (~features.isfinite().all(dim=1)).nonzero()
-    if len(broken):
+    if len(image_sizes) != len(features):
         raise InputError(
-            f"features of {len(broken)} of {len(features)} patches are not finite (first: patch {int(broken[0])}); "
-            "run the model in fp32, or check its weights"
+            f"{len(image_sizes)} image sizes for the features of {len(features)} images; give one for each"
         )
+    for image_size in image_sizes:
+        check_sizes(features.shape[1], grid, patch_size, image_size)
+    with full_precision(features.device.type):
+        tokens = prepare(features, center=center, normalize=normalize)
+        expanded = [
+            expand(tokens, degrees, bias, k_patches)
+            for degrees, bias in zip(count_similar(tokens, biases), biases, strict=True)
+        ]
+    return [
+        [expansion.discovery(image, grid, patch_size, image_size) for expansion in expanded]
+        for image, image_size in enumerate(image_sizes)
+    ]
 
 
 @contextmanager
@@ -173,39 +199,44 @@ def full_precision(device: str) -> Iterator[None]:
             switch.fp32_precision = precision
 
 
-def prepare(features: Float[Tensor, "p d"], *, center: bool, normalize: bool) -> Float[Tensor, "p d"]:
+def prepare(features: Float[Tensor, "b p d"], *, center: bool, normalize: bool) -> Float[Tensor, "b p d"]:
     """Cast up to float32, centre, then scale to unit length."""
     tokens = features.to(torch.promote_types(features.dtype, torch.float32))
+    check_finite(tokens if len(tokens) > 1 else tokens[0])
     if center:
-        tokens = tokens - tokens.mean(dim=0)
-    return F.normalize(tokens, dim=1, eps=1e-12) if normalize else tokens
+        tokens = tokens - tokens.mean(dim=1, keepdim=True)
+    return F.normalize(tokens, dim=2, eps=1e-12) if normalize else tokens
 
 
-def count_similar(tokens: Float[Tensor, "p d"], bias: float) -> Int[Tensor, " p"]:
+def count_similar(tokens: Float[Tensor, "b p d"], biases: Sequence[float]) -> Int[Tensor, "biases b p"]:
     """Count for each patch the others whose dot product with it exceeds -bias.
 
     Similarity is symmetric, so only blocks on and above the diagonal are computed; each counts for rows and columns.
+    Comparisons give 0.0 and 1.0, whose sums are exact up to 2^24: on CPU faster than truth values, and in place.
     """
-    degrees = torch.zeros(len(tokens), dtype=torch.int32, device=tokens.device)
-    for start in range(0, len(tokens), BLOCK_ROWS):
-        block = tokens[start : start + BLOCK_ROWS]
-        similar = (block @ tokens[start:].T > -bias).fill_diagonal_(False).view(torch.uint8)  # noqa: FBT003
-        end = start + len(block)
-        degrees[start:end] += similar.sum(dim=1, dtype=torch.int32)
-        degrees[end:] += similar[:, len(block) :].sum(dim=0, dtype=torch.int32)
-    return degrees
+    images, patches, _ = tokens.shape
+    size = BLOCK_ROWS.get(tokens.device.type, BLOCK_ROWS["cuda"])
+    degrees = tokens.new_zeros(len(biases), images, patches)
+    buffer = tokens.new_empty(images * min(size, patches) * patches)
+    for start in range(0, patches, size):
+        rows, others = tokens[:, start : start + size], tokens[:, start:]
+        shape = (images, rows.shape[1], others.shape[1])
+        products = torch.bmm(rows, others.mT, out=buffer[: math.prod(shape)].view(shape))
+        products.diagonal(dim1=1, dim2=2).fill_(-math.inf)
+        end = start + shape[1]
+        for index, bias in enumerate(biases):
+            last = index + 1 == len(biases)
+            similar = torch.gt(products, -bias, out=products if last else torch.empty_like(products))
+            degrees[index, :, start:end] += similar.sum(dim=2)
+            degrees[index, :, end:] += similar[:, :, shape[1] :].sum(dim=1)
+    return degrees.int()
 
 
-def component_at(mask: Bool[np.ndarray, "rows cols"], seed: int) -> Bool[np.ndarray, "rows cols"]:
-    """Part of the mask connected to the seed by sides, not corners; empty when the seed is not in the mask."""
-    labels, _ = ndimage.label(mask)
-    return mask & (labels == labels.flat[seed])
-
-
-def box_around(component: Bool[np.ndarray, "rows cols"], patch_size: int, image_size: tuple[int, int]) -> Box:
-    """Pixels x0, y0, x1, y1, half-open, of the patches that are true, cut at the image."""
-    rows = np.flatnonzero(component.any(axis=1))
-    cols = np.flatnonzero(component.any(axis=0))
-    height, width = image_size
-    right, bottom = int(cols[-1] + 1) * patch_size, int(rows[-1] + 1) * patch_size
-    return int(cols[0]) * patch_size, int(rows[0]) * patch_size, min(right, width), min(bottom, height)
+def expand(tokens: Float[Tensor, "b p d"], degrees: Int[Tensor, "b p"], bias: float, k_patches: int) -> Expansion:
+    """Let the candidates that are similar to the seed vote for every patch."""
+    candidates = degrees.argsort(dim=1, stable=True)[:, :k_patches]
+    chosen = tokens[torch.arange(len(tokens), device=tokens.device)[:, None], candidates]
+    joins = einsum(chosen, chosen[:, 0], "b k d, b d -> b k") > -bias
+    voters = einsum(chosen, joins.to(chosen.dtype), "b k d, b k -> b d")
+    votes = einsum(tokens, voters, "b p d, b d -> b p") + joins.sum(dim=1, keepdim=True) * bias
+    return Expansion(degrees.cpu(), candidates.cpu(), joins.cpu(), (votes > 0).cpu())

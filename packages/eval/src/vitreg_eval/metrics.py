@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from pydantic import FiniteFloat, NonNegativeInt
+from jaxtyping import Bool, Float, Int, Integer, Shaped
+from pydantic import Field, FiniteFloat, NonNegativeInt, model_serializer
 from torch import Tensor
 from vitreg_core.config import Config
 from vitreg_core.errors import InputError
@@ -34,6 +34,16 @@ class Metric(Config):
     ci95: tuple[FiniteFloat, FiniteFloat] | None = None
     """Ends of the 95 % interval over images; none for a single image, and for what is no statistic of images (a cutoff,
     a block number, a maximum)."""
+    note: str = ""
+    """What a reader must know of this number, such as a choice made on the data it is reported on."""
+    resamples: tuple[float, ...] = Field(default=(), exclude=True, repr=False)
+    """The number on each resample of the images. Same number of images and same seed are the same resamples, so that
+    two models can be compared on them; kept in a file of its own."""
+
+    @model_serializer(mode="wrap")
+    def without_empty_note(self, plain: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Leave out a note that says nothing."""
+        return {name: value for name, value in plain(self).items() if name != "note" or value}
 
 
 # Boxes
@@ -94,7 +104,7 @@ def check_labels(labels: Int[Tensor, " n"], classes: int, what: str = "label") -
 
 
 def confusion_matrix(
-    predicted: Int[Tensor, "*pixels"], labels: Int[Tensor, "*pixels"], classes: int, *, ignore: int = IGNORE
+    predicted: Integer[Tensor, "*pixels"], labels: Integer[Tensor, "*pixels"], classes: int, *, ignore: int = IGNORE
 ) -> Int[Tensor, "classes classes"]:
     """Count pixels by label (row) and prediction (column); pixels labelled `ignore` do not count.
 
@@ -142,8 +152,16 @@ class DepthErrors:
     """Root of the mean squared error, metres."""
     abs_rel: Float[Tensor, " b"]
     """Mean of the error over the true depth."""
+    sq_rel: Float[Tensor, " b"]
+    """Mean of the squared error over the true depth, metres."""
+    log10: Float[Tensor, " b"]
+    """Mean difference of the decimal logarithms."""
     delta1: Float[Tensor, " b"]
     """Share of pixels less than a factor of 1.25 off, 0 to 1."""
+    delta2: Float[Tensor, " b"]
+    """Share less than a factor of 1.25^2 off."""
+    delta3: Float[Tensor, " b"]
+    """Share less than a factor of 1.25^3 off."""
 
 
 def depth_errors(
@@ -169,11 +187,18 @@ def depth_errors(
     guess = predicted.double().clamp(minimum, maximum).where(valid, 1.0)
     error = (guess - truth).abs()
     factor = torch.maximum(guess / truth, truth / guess)
-    pixels = valid.sum(dim=(1, 2))
+
+    def average(values: Shaped[Tensor, "b height width"]) -> Float[Tensor, " b"]:
+        return (values * valid).sum(dim=(1, 2)) / valid.sum(dim=(1, 2)).double()
+
     return DepthErrors(
-        rmse=(error.square().sum(dim=(1, 2)) / pixels).sqrt(),
-        abs_rel=(error / truth).sum(dim=(1, 2)) / pixels,
-        delta1=((factor < 1.25) & valid).sum(dim=(1, 2)) / pixels.double(),
+        rmse=average(error.square()).sqrt(),
+        abs_rel=average(error / truth),
+        sq_rel=average(error.square() / truth),
+        log10=average(factor.log10()),
+        delta1=average(factor < 1.25),
+        delta2=average(factor < 1.25**2),
+        delta3=average(factor < 1.25**3),
     )
 
 
@@ -191,19 +216,25 @@ def mean(per_image: Shaped[Tensor, " n"], counts: Float[Tensor, "repeats n"]) ->
     return counts @ per_image.double() / counts.sum(dim=1)
 
 
-def pooled_miou(
-    per_image: Shaped[Tensor, "n classes classes"], counts: Float[Tensor, "repeats n"]
-) -> Float[Tensor, " repeats"]:
-    """Mean IoU of the summed confusion matrices of the images drawn."""
-    return miou_of_areas(torch.tensordot(counts, class_areas(per_image), dims=1))
+def pooled_miou(areas: Float[Tensor, "n 3 classes"], counts: Float[Tensor, "repeats n"]) -> Float[Tensor, " repeats"]:
+    """Mean IoU over the pixels of the images drawn, from the `class_areas` of each image."""
+    return miou_of_areas(torch.tensordot(counts, areas.double(), dims=1))
 
 
 def pooled_pixel_accuracy(
-    per_image: Shaped[Tensor, "n classes classes"], counts: Float[Tensor, "repeats n"]
+    areas: Float[Tensor, "n 3 classes"], counts: Float[Tensor, "repeats n"]
 ) -> Float[Tensor, " repeats"]:
-    """Pixel accuracy of the summed confusion matrices of the images drawn."""
-    right, labelled, _ = class_areas(per_image).sum(dim=-1).unbind(dim=-1)
+    """Pixel accuracy over the images drawn, from the `class_areas` of each image."""
+    right, labelled, _ = areas.double().sum(dim=-1).unbind(dim=-1)
     return counts @ right / (counts @ labelled)
+
+
+def pooled_class_accuracy(
+    areas: Float[Tensor, "n 3 classes"], counts: Float[Tensor, "repeats n"]
+) -> Float[Tensor, " repeats"]:
+    """Share of each class's pixels that are right, over the images drawn; mean over the classes that are labelled."""
+    right, labelled, _ = torch.tensordot(counts, areas.double(), dims=1).unbind(dim=-2)
+    return (right / labelled).nanmean(dim=-1)
 
 
 def bootstrap_ci(
@@ -216,21 +247,36 @@ def bootstrap_ci(
     """Ends of the 95 % percentile interval over images drawn with replacement (Efron and Tibshirani 1993, ch. 13).
 
     Args:
-        per_image: one value, or one confusion matrix, per image.
-        statistic: `mean`, `pooled_miou` or `pooled_pixel_accuracy`.
+        per_image: one value, or the areas of one image, per image.
+        statistic: `mean`, `pooled_miou`, `pooled_pixel_accuracy` or `pooled_class_accuracy`.
         seed: the same seed gives the same interval.
         repeats: how many resamples.
 
     Raises:
         InputError: fewer than two images.
     """
+    return middle(bootstrap(per_image, statistic, seed=seed, repeats=repeats))
+
+
+def bootstrap(
+    per_image: Shaped[Tensor | np.ndarray, "n *values"],
+    statistic: Statistic = mean,
+    *,
+    seed: int = 0,
+    repeats: int = 1000,
+) -> Float[Tensor, " repeats"]:
+    """The number on each resample; arguments as for `bootstrap_ci`."""
     values = torch.as_tensor(per_image).cpu()
     if len(values) < 2:
         raise InputError(f"a 95 % interval over {len(values)} images; measure at least 2")
     generator = torch.Generator().manual_seed(seed)
     most = max(1, DRAWS_AT_ONCE // len(values))
     sizes = [min(most, repeats - done) for done in range(0, repeats, most)]
-    numbers = torch.cat([statistic(values, resample(len(values), size, generator)) for size in sizes])
+    return torch.cat([statistic(values, resample(len(values), size, generator)) for size in sizes])
+
+
+def middle(numbers: Float[Tensor, " repeats"]) -> tuple[float, float]:
+    """Ends of the middle 95 % of the resamples; those without a number are left out."""
     low, high = torch.nanquantile(numbers, torch.tensor([0.025, 0.975], dtype=numbers.dtype)).tolist()
     return low, high
 
@@ -261,4 +307,7 @@ def measure(
     value = statistic(values, torch.ones(1, n, dtype=torch.float64)).item()
     if not np.isfinite(value):
         raise InputError(f"{n} images give the score {value}; check that they have labels, and run the model in fp32")
-    return Metric(value=value, n=n, ci95=bootstrap_ci(values, statistic, seed=seed, repeats=repeats) if n > 1 else None)
+    if n == 1:
+        return Metric(value=value, n=n)
+    numbers = bootstrap(values, statistic, seed=seed, repeats=repeats)
+    return Metric(value=value, n=n, ci95=middle(numbers), resamples=tuple(numbers.tolist()))

@@ -17,6 +17,7 @@ from vitreg_eval.analyses.panels import image_rows
 from vitreg_eval.analyses.pca import pca_maps
 from vitreg_eval.config import LostOptions
 from vitreg_eval.datasets import ImageSet
+from vitreg_eval.datasets.photos import Photo
 from vitreg_eval.report import Picture, Section, picture
 from vitreg_eval.tasks import doctor, lost, norms
 
@@ -139,8 +140,8 @@ def box_section(shown: Exhibit) -> Section:
     figures = []
     for name, model in shown.models.items():
         pixels = [torch.from_numpy(image).permute(2, 0, 1) for image in shown.pictures]
-        photos = [lost.Photo(str(index), image, None) for index, image in enumerate(pixels)]
-        found = [discovery.box for discovery in lost.discover_all(model, photos, shown.lost)]
+        photos = [Photo(str(index), image, None) for index, image in enumerate(pixels)]
+        found = [find.discovery.box for find in lost.search(model, photos, shown.lost)]
         figures.append(picture(plot_boxes(shown.pictures, found, shown.boxes), f"{name}: red is found, green is true."))
     text = [f"LOST (Simeoni et al. 2021) on the {shown.lost.features} of the last block; one box per image."]
     return Section("Object discovery", text, figures=figures)

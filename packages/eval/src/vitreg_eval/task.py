@@ -1,7 +1,7 @@
 """Tasks by name. This module imports no torch; a task's own module is imported when it runs."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from vitreg_core.config import nearest
@@ -26,6 +26,12 @@ class Task(NamedTuple):
         """`run(backbone, options, out) -> Outcome` of `vitreg_eval.tasks.<name>`."""
         return importlib.import_module(f"vitreg_eval.tasks.{self.name}").run
 
+    @property
+    def open_model(self) -> Callable:
+        """`open_model(source)`: what it measures, a backbone or a dual encoder, in evaluation mode on the CPU."""
+        dual = issubclass(self.options, config.DualOptions)
+        return importlib.import_module("vitreg_eval.dual" if dual else "vitreg_eval.models").open_model
+
 
 OPTIONS: dict[str, type[config.TaskOptions]] = {
     "doctor": config.DoctorOptions,
@@ -33,19 +39,28 @@ OPTIONS: dict[str, type[config.TaskOptions]] = {
     "lost": config.LostOptions,
     "knn": config.KnnOptions,
     "linear": config.LinearOptions,
+    "logreg": config.LogregOptions,
     "segment": config.SegmentOptions,
     "depth": config.DepthOptions,
     "classify": config.ClassifyOptions,
+    "embed": config.EmbedOptions,
+    "tokens": config.TokensOptions,
+    "zeroshot": config.ZeroshotOptions,
+    "retrieval": config.RetrievalOptions,
 }
 TASKS = {name: Task(name, options) for name, options in OPTIONS.items()}
 
 
-def find(name: str) -> Task:
+def find(name: str, known: Iterable[str] = ()) -> Task:
     """A task by name.
+
+    Args:
+        name: of the task.
+        known: other words that may have been meant.
 
     Raises:
         InputError: no such task; names the nearest.
     """
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}{nearest(name, TASKS)}; tasks are {', '.join(TASKS)}")
+        raise InputError(f"unknown task {name!r}{nearest(name, [*TASKS, *known])}; tasks are {', '.join(TASKS)}")
     return TASKS[name]

@@ -6,14 +6,16 @@ from typing import Literal
 
 import torch
 from vitreg_core.config import override
+from vitreg_core.data.images import class_folders
 from vitreg_core.errors import InputError
 from vitreg_core.precision import Precision, use_precision
 from vitreg_core.vit import VisionTransformer
 
 from vitreg_eval.config import KnnOptions
 from vitreg_eval.datasets import ImageSet, readable_sample, scenes
-from vitreg_eval.extract import check_classes, extract, train_and_test
+from vitreg_eval.extract import in_memory
 from vitreg_eval.tasks import knn
+from vitreg_eval.tokens import Wanted
 
 TRAIN_SCENES, TEST_SCENES = 3000, 1000
 """Drawn scenes that vote and that are judged; no run trains on them."""
@@ -36,9 +38,7 @@ def evaluations(
         InputError: the folder has no train or no val, or other classes in them.
     """
     if folder is not None:
-        for split in ("train", "val"):
-            if not (folder / split).is_dir():
-                raise InputError(f"evaluations need {folder / split}, which is not there; make it, or do not evaluate")
+        check_folders(folder)
     options = KnnOptions(
         data=folder,
         label=label,
@@ -47,15 +47,15 @@ def evaluations(
         test_images=TEST_SCENES,
         precision=precision,
     )
-    if folder is not None:
-        check_classes(options)
 
     def nearest(model: VisionTransformer) -> dict[str, float]:
         if folder is None:
-            train, test = train_and_test(model, options)
+            sizes = {"train": options.train_images, "test": options.test_images}
+            sets = [scenes(model.preprocess, count, options.seed, split) for split, count in sizes.items()]
         else:
-            train, test = (extract(model, sample(model, folder, split, options), options) for split in ("train", "val"))
-        there = override(options, {"k": min(NEIGHBOURS, len(train.features.patches))})
+            sets = [sample(model, folder, split, options) for split in ("train", "val")]
+        train, test = (in_memory(model, images, options, Wanted()) for images in sets)  # in one of all processes
+        there = override(options, {"k": min(NEIGHBOURS, len(train))})
         found = knn.evaluate(train, test, there)
         return {name: metric.value for name, metric in found.items()}
 
@@ -68,6 +68,20 @@ def evaluations(
         return {"top1": head_accuracy(model, images, options)}
 
     return {"knn": nearest, "head": head}
+
+
+def check_folders(folder: Path) -> None:
+    """Refuse a folder without train or val, or whose class folders differ, since labels would not mean the same.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    for split in ("train", "val"):
+        if not (folder / split).is_dir():
+            raise InputError(f"evaluations need {folder / split}, which is not there; make it, or do not evaluate")
+    train, val = (set(class_folders(folder / split)) for split in ("train", "val"))
+    if train != val:
+        raise InputError(f"{folder}: class folders only in train or val: {sorted(train ^ val)[:5]}; make them equal")
 
 
 def sample(model: VisionTransformer, folder: Path, split: str, options: KnnOptions) -> ImageSet:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitreg_core.capturing import Anatomy, Arguments, Captured, find, record
+from vitreg_core.capturing import Anatomy, Arguments, Captured, Enough, find, record
 from vitreg_core.data.images import Preprocess
 from vitreg_core.errors import InputError
 from vitreg_core.features import QKV, Features, block_index, name_tokens
@@ -39,8 +40,9 @@ class UnknownPreprocess(Preprocess):
 
 
 class Adapter(Anatomy, nn.Module):
-    """A model of another library as a `Backbone`. `model` is the original itself."""
+    """A model of another library as a `Backbone`. `model` is the original itself; `source` says where it comes from."""
 
+    source: str = ""
     patches_path: str
     blocks_path: str
     norm_path: str
@@ -136,8 +138,13 @@ class Adapter(Anatomy, nn.Module):
         return find(self.model, self.patches_path, "patch embedding")
 
     def look(self, images: Float[Tensor, "b 3 height width"], layers: Sequence[int], *parts: str) -> Captured:
-        """Record parts of some blocks in one forward pass; gradients flow through them."""
-        with record(self, [block_index(layer, self.depth) for layer in layers], parts, detached=False) as captured:
+        """Record parts of some blocks in one forward pass; gradients flow through them.
+
+        What the last attention reads needs no more than that: later layers are not run.
+        """
+        chosen = [block_index(layer, self.depth) for layer in layers]
+        stop = set(parts) <= {"before", "queries", "keys", "values"} and set(parts) != {"before"}
+        with record(self, chosen, parts, detached=False, stop=stop) as captured, suppress(Enough):
             self.run(self.fit(images))
         return captured
 

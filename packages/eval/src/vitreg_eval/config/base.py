@@ -14,7 +14,8 @@ class TaskOptions(Config):
     """What every task takes."""
 
     model: tuple[str, ...] = ()
-    """SOURCE of the model: a folder or run folder, a weights file, or a preset (random weights). Repeat for several."""
+    """SOURCE of the model: a folder or run folder, a weights file, hub:org/name, timm:NAME, transformers:ID,
+    open_clip:ARCH/TAG, an official name such as dinov2_vitb14_reg4, or a preset (random weights). May be repeated."""
     out: Path | None = None
     """Folder for result.json and pictures; runs/eval/<task> if not given."""
     device: Literal["cpu", "cuda", "mps"] | None = None
@@ -25,6 +26,9 @@ class TaskOptions(Config):
     """Seed of drawn scenes, heads and bootstrap; the same seed gives the same numbers."""
     batch_size: PositiveInt = 64
     """Images per forward pass."""
+    cache: Path | None = None
+    """Folder that keeps features between commands, and that the processes of `accelerate launch` share; a command that
+    was stopped goes on where it was."""
     registers: tuple[NonNegativeInt | Literal["auto"], ...] = ()
     """Measure the model with its first registers alone, for each of these numbers (0,1,2,4), and draw the curve; auto
     runs an image with all registers where it has outliers without."""

@@ -1,10 +1,12 @@
 """Images and targets, from a user's folder or drawn."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,8 +15,11 @@ from vitreg_core.data.images import Preprocess, labelled_images, list_images, re
 from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.errors import InputError
 
+from vitreg_eval.datasets.examples import Examples
+from vitreg_eval.prefetch import READERS, in_order
 from vitreg_eval.results import DataRecord
 
+T = TypeVar("T")
 SPLITS = {"train": 1, "test": 2}
 CHUNK = 64  # scenes drawn at a time; a constant, so that a scene does not depend on the batch size
 
@@ -32,7 +37,15 @@ class ImageSet:
     """One split of a data set, in batches, the same every time."""
 
     data: DataRecord
-    batches: Callable[[], Iterator[Batch]]
+    part: Callable[[int, int], Iterator[Batch]]
+    """Batches of the images from one index up to another."""
+    prepared: Mapping[str, Any] | None = None
+    """All that the images depend on beside the data: the preprocessing. None where an image may be missing from the
+    batches; the features of such a set are not kept on disk."""
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Batches of the images from `start` up to `stop`; all by default."""
+        return self.part(start, self.data.n if stop is None else min(stop, self.data.n))
 
 
 def scenes(preprocess: Preprocess, count: int, seed: int, split: str) -> ImageSet:
@@ -42,8 +55,9 @@ def scenes(preprocess: Preprocess, count: int, seed: int, split: str) -> ImageSe
     """
     size = preprocess.config.image_size
 
-    def batches() -> Iterator[Batch]:
-        for number, start in enumerate(range(0, count, CHUNK)):
+    def part(begin: int, end: int) -> Iterator[Batch]:
+        for number in range(begin // CHUNK, -(-end // CHUNK)):
+            start = number * CHUNK
             drawn = draw_scenes(min(CHUNK, count - start), (seed, SPLITS[split], number, 0), image_size=size)
             targets = {
                 "label": drawn.label,
@@ -52,10 +66,12 @@ def scenes(preprocess: Preprocess, count: int, seed: int, split: str) -> ImageSe
                 "depth": drawn.depth,
                 "boxes": drawn.boxes,
             }
-            yield Batch(preprocess.normalize(drawn.image), targets)
+            rows = slice(max(begin - start, 0), end - start)
+            images = preprocess.normalize(drawn.image[rows])
+            yield Batch(images, {name: values[rows] for name, values in targets.items()})
 
     record = f"scenes seed={seed} split={split} n={count} size={size}"
-    return ImageSet(DataRecord(name="scenes", split=split, n=count, hash=sha256(record)), batches)
+    return ImageSet(DataRecord(name="scenes", split=split, n=count, hash=sha256(record)), part, prepared(preprocess))
 
 
 def labelled_folder(preprocess: Preprocess, folder: Path, split: str, batch_size: int) -> ImageSet:
@@ -79,17 +95,19 @@ def readable_sample(preprocess: Preprocess, folder: Path, split: str, batch_size
     chosen = [index * len(found) // count for index in range(count)]
     paths, labels = [found.paths[index] for index in chosen], [found.labels[index] for index in chosen]
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, count, batch_size):
-            read = []
-            for path, label in zip(paths[start : start + batch_size], labels[start : start + batch_size], strict=True):
-                with suppress(InputError):
-                    read.append((preprocess(read_image(path)), label))
-            if read:
-                images, targets = zip(*read, strict=True)
+    def prepare(index: int) -> tuple[Tensor, int] | None:
+        with suppress(InputError):
+            return preprocess(read_image(paths[index])), labels[index]
+        return None
+
+    def part(start: int, stop: int) -> Iterator[Batch]:
+        for read in grouped(prepare, start, stop, batch_size):
+            there = [pair for pair in read if pair is not None]
+            if there:
+                images, targets = zip(*there, strict=True)
                 yield Batch(torch.stack(images), {"label": torch.tensor(targets)})
 
-    return ImageSet(file_record(paths, folder, split), batches)
+    return ImageSet(file_record(paths, folder, split), part)
 
 
 def photo_folder(preprocess: Preprocess, folder: Path, limit: int | None, batch_size: int) -> ImageSet:
@@ -114,13 +132,45 @@ def image_files(
 ) -> ImageSet:
     """A set of files, prepared one by one."""
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, len(paths), batch_size):
-            part = slice(start, start + batch_size)
-            images = torch.stack([preprocess(read_image(path)) for path in paths[part]])
-            yield Batch(images, {} if labels is None else {"label": labels[part]})
+    def part(start: int, stop: int) -> Iterator[Batch]:
+        for begin, images in stacked(lambda index: preprocess(read_image(paths[index])), start, stop, batch_size):
+            rows = slice(begin, begin + len(images))
+            yield Batch(images, {} if labels is None else {"label": labels[rows]})
 
-    return ImageSet(file_record(paths, folder, split), batches)
+    return ImageSet(file_record(paths, folder, split), part, prepared(preprocess))
+
+
+def image_set(examples: Examples, preprocess: Preprocess, batch_size: int) -> ImageSet:
+    """Pictures with classes as a model reads them; target: label, as in `examples.labels`.
+
+    Pictures are read in several threads, `batch_size` or more ahead. Reading raises InputError where one cannot be.
+    """
+
+    def part(start: int, stop: int) -> Iterator[Batch]:
+        for begin, images in stacked(lambda index: preprocess(examples.read(index)), start, stop, batch_size):
+            yield Batch(images, {"label": examples.labels[begin : begin + len(images)]})
+
+    return ImageSet(examples.data, part, prepared(preprocess))
+
+
+def stacked(
+    prepare: Callable[[int], Tensor], start: int, stop: int, batch_size: int
+) -> Iterator[tuple[int, Float[Tensor, "b 3 height width"]]]:
+    """Prepared images in batches, each with the index of its first."""
+    for number, images in enumerate(grouped(prepare, start, stop, batch_size)):
+        yield start + number * batch_size, torch.stack(images)
+
+
+def grouped(prepare: Callable[[int], T], start: int, stop: int, batch_size: int) -> Iterator[list[T]]:
+    """What is prepared of each index, in lists of a batch; the threads that prepare are a batch or more ahead."""
+    read = in_order(prepare, range(start, stop), threads=READERS, ahead=max(batch_size, READERS))
+    while batch := list(islice(read, batch_size)):
+        yield batch
+
+
+def prepared(preprocess: Preprocess) -> dict[str, Any]:
+    """What is done to an image, in plain values."""
+    return preprocess.config.model_dump(mode="json")
 
 
 def file_record(paths: list[Path], folder: Path, split: str) -> DataRecord:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -26,6 +27,8 @@ class Examples:
     """The picture of an index, RGB and upright; raises InputError where it cannot be read."""
     names: Sequence[str]
     """What tells each picture in messages: a path, or a place in a file."""
+    folder: Path | None = None
+    """What the names are paths below; None where they are places in a file."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,4 +60,5 @@ def subset(examples: Examples, indices: Int[Tensor, " m"], data: DataRecord) -> 
         labels=examples.labels[torch.as_tensor(chosen, dtype=torch.long)],
         read=lambda index: examples.read(chosen[index]),
         names=[examples.names[index] for index in chosen],
+        folder=examples.folder,
     )

@@ -63,7 +63,7 @@ def voc_images(root: str | Path, year: Year, split: str = "trainval") -> list[Vo
     """
     root = Path(root).expanduser()
     listing = find_list(find_folders(root, year), split)
-    ids = [line.split()[0] for line in listing.read_text().splitlines() if line.strip()]
+    ids = read_list(listing)
     if not ids:
         raise InputError(f"{listing}: the list is empty; unpack VOC{year} again")
     return [read_image(listing.parents[2], image) for image in ids]
@@ -111,6 +111,14 @@ def find_list(folders: list[Path], split: str) -> Path:
     )
 
 
+def read_list(path: Path) -> list[str]:
+    """Names of images: the first word of each line."""
+    try:
+        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable list ({error}); unpack VOC again") from None
+
+
 def read_image(folder: Path, image: str) -> VocImage:
     """Read one annotation and make sure that its picture is there."""
     annotation = folder / "Annotations" / f"{image}.xml"
@@ -135,7 +143,7 @@ def parse(path: Path) -> ElementTree.Element:
     """Parse an annotation file."""
     try:
         return ElementTree.parse(path).getroot()  # noqa: S314, a local file of a data set that the user chose
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the last two: odd encodings
         raise InputError(f"{path}: not valid XML ({error}); unpack the annotations again") from None
 
 

@@ -11,17 +11,20 @@ from vitreg_eval.config import ClassifyOptions
 from vitreg_eval.datasets import labelled_folder
 from vitreg_eval.extract import progress
 from vitreg_eval.metrics import measure, top_k
+from vitreg_eval.models import Model
 from vitreg_eval.paths import data_folder
 from vitreg_eval.results import Outcome
 
 
 @torch.no_grad()
-def run(backbone: VisionTransformer, options: ClassifyOptions, out: Path) -> Outcome:  # noqa: ARG001 (draws nothing)
+def run(backbone: Model, options: ClassifyOptions, out: Path) -> Outcome:  # noqa: ARG001 (draws nothing)
     """Top-1 and top-5 accuracy, 0 to 1.
 
     Raises:
         InputError: the model has no head, or the folder more classes than it has outputs.
     """
+    if not isinstance(backbone, VisionTransformer):
+        raise InputError(f"{backbone.source} runs in the class of its own library, whose head is not read; run linear")
     image_set = labelled_folder(backbone.preprocess, data_folder(options.data), "", options.batch_size)
     logits, labels = [], []
     with use_precision(options.precision, backbone.device):
@@ -35,4 +38,11 @@ def run(backbone: VisionTransformer, options: ClassifyOptions, out: Path) -> Out
         )
     ranks = {f"top{k}": top_k(scores, truth, k) for k in (1, 5) if k <= scores.shape[1]}
     metrics = {name: measure(correct, seed=options.seed) for name, correct in ranks.items()}
-    return Outcome(metrics, image_set.data)
+    return Outcome(metrics, image_set.data, fewer(int(truth.max()) + 1, scores.shape[1]))
+
+
+def fewer(folders: int, outputs: int) -> list[str]:
+    """What the reader must know where a head names more classes than there are folders."""
+    if folders == outputs:
+        return []
+    return [f"warning: the head has {outputs} outputs; the {folders} class folders are taken for its first ones"]

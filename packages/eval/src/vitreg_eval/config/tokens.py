@@ -1,0 +1,30 @@
+"""Options of classification from one token."""
+
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat
+from vitreg_core.errors import InputError
+
+from vitreg_eval.config.base import AUTO, TaskOptions
+
+
+class TokensOptions(TaskOptions):
+    """Logistic regression on one token per image: class token, a random normal patch, a random outlier (Table 1)."""
+
+    dataset: str | None = None
+    """Name of a data set with classes (vitreg-eval list), or hub:ORG/NAME; class folders if not given."""
+    data: Path | None = None
+    """Folder of the data set, or with train/<class>/ and val/<class>/ images; $VITREG_DATA if not given."""
+    cutoff: PositiveFloat | None = None
+    """Norm in the last block, before the final norm, above which a patch is an outlier (the paper: 150 for DINOv2 g);
+    found by the rule of the doctor on some training images if not given."""
+    calibration_images: int = Field(default=512, ge=16)
+    """Training images, evenly spread, on which the cutoff is found."""
+
+    def needs(self) -> list[str]:
+        """As for every task."""
+        if AUTO in self.registers:
+            raise InputError(
+                "--registers auto: this task looks into single blocks, whose tokens then differ; give numbers"
+            )
+        return super().needs()
