@@ -171,7 +171,7 @@ def measure(case: str, mode: str, rounds: int, device: torch.device) -> dict[str
     vision, text, batch = CASES[case]
     AcceleratorState._reset_state(reset_partial_state=True)
     data = FixedPairs(vision, text, batch, device)
-    contrast.open_pairs = lambda _config: data  # type: ignore[assignment]
+    contrast.open_pairs = lambda _config: data  # type: ignore[attr-defined, assignment]
     with tempfile.TemporaryDirectory() as folder:
         changes = {
             "model": vision.model_dump(),

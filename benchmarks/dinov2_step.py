@@ -38,6 +38,7 @@ from vitreg_recipes.data import Share
 from vitreg_recipes.dinov2.config import DinoConfig
 from vitreg_recipes.dinov2.crops import Crops
 from vitreg_recipes.dinov2.losses import masked_weights
+from vitreg_recipes.dinov2.targets import Center
 from vitreg_recipes.objectives.dinov2 import Dinov2
 from vitreg_recipes.plan import GPUS, step_flops
 from vitreg_recipes.signals import dinov2
@@ -167,6 +168,7 @@ def same_weights(objective: Dinov2, peer: Peer) -> None:
                 {name: value for name, value in tensors.items() if name != "mask_token"}
             )
         with torch.no_grad():
+            assert ours.backbone.mask_token is not None
             theirs.backbone.mask_token.copy_(ours.backbone.mask_token.reshape(1, 1, -1))
             for target, source in zip(theirs.head.parameters(), ours.dino_head.parameters(), strict=True):
                 target.copy_(source.reshape(target.shape))
@@ -201,7 +203,9 @@ class Turns:
         self.peer = Peer(state)
         same_weights(objective, self.peer)
         objective.student.eval(), self.peer.student.eval()
+        assert isinstance(objective.cls_targets, Center)
         self.peer.dino.center.copy_(objective.cls_targets.center[None])
+        assert isinstance(objective.patch_targets, Center)
         self.peer.ibot.center.center.copy_(objective.patch_targets.center)
         with torch.no_grad():
             masked, weights = masked_weights(self.data.batch.masks)
@@ -266,7 +270,7 @@ def measure(size: str, mode: str, options: argparse.Namespace) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         config = configure(size, mode, options, folder)
         turns = Turns(FixedData(config, torch.device(options.device)))
-        dinov2.CropData = lambda _config: turns.data  # type: ignore[assignment, misc]
+        dinov2.CropData = lambda _config: turns.data  # type: ignore[attr-defined, assignment, return-value]
         loop.train(config, hooks=[turns])
     ours, plain = (turns.times[name][WARM_UP:] for name in ("ours", "plain"))
     return {

@@ -69,6 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         config = override(find("deit3_scenes"), SETTINGS | {"steps": options.steps})
+        assert isinstance(config, TrainConfig)
         run(override(config, {"out": whole}), longest=None)
         moments, leftovers = kill_often(override(config, {"out": killed}), options)
         print(f"{len(moments)} kills of a run of {options.steps} steps; newest checkpoint at each: {moments}")

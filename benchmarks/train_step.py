@@ -38,6 +38,7 @@ from vitreg_core.vit import VisionTransformer
 from vitreg_recipes import find, loop
 from vitreg_recipes.config import TrainConfig
 from vitreg_recipes.data import Batch, Share
+from vitreg_recipes.signals import classify
 from vitreg_recipes.state import TrainState
 
 CASES = {  # shapes, classes, batch
@@ -82,6 +83,7 @@ class Peer:
 
     def __init__(self, state: TrainState, classes: int) -> None:
         config = state.config
+        assert isinstance(config, TrainConfig)
         self.model = timm_model(config.model, classes)
         optimizer = create_optimizer_v2(
             self.model, "lamb", lr=config.optim.lr, weight_decay=config.optim.weight_decay, eps=1e-8
@@ -156,6 +158,7 @@ class Turns:
         """Build the peer, and time the parts of our step from now on."""
         device = state.accelerator.device
         self.peer = Peer(state, self.classes)
+        assert isinstance(state.model, VisionTransformer)
         self.difference = check(state.model, self.peer, self.data.batch.images[:2])
         dtype = torch.bfloat16 if state.config.precision == "bf16" else torch.float32
         self.left = torch.randn(MATMUL, MATMUL, device=device, dtype=dtype)
@@ -201,8 +204,9 @@ def measure(case: str, mode: str, rounds: int, device: torch.device) -> dict[str
             "out": folder,
         }
         config = override(find("deit3_scenes"), changes)
+        assert isinstance(config, TrainConfig)
         data = FixedData(config, classes, device)
-        loop.open_data = lambda _config: data  # type: ignore[attr-defined, assignment]
+        classify.open_data = lambda _config: data  # type: ignore[attr-defined, assignment]
         turns = Turns(data, classes)
         loop.train(config, hooks=[turns])
     return row(case, mode, turns, batch * model_cost(shapes).flops * 3)

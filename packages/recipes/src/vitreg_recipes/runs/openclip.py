@@ -26,8 +26,7 @@ def openclip_scenes() -> ContrastConfig:
     """Small towers on drawn scenes and what they say of themselves: minutes on two CPU cores.
 
     Published: none.
-    Measured: halfway, at step 500, zero-shot finds the texture (1 of 6) of 0.71 of 1024 other scenes, with 4
-    registers of 0.77, seed 0.
+    Measured: zero-shot finds the texture (1 of 6) of 0.77 of 2048 other scenes, with 4 registers of 0.79, seed 0.
     Cost: 6.40e4 images, 1.41e13 FLOPs; six minutes of one CPU core.
     """
     return ContrastConfig(
@@ -44,7 +43,8 @@ def openclip_captions() -> ContrastConfig:
     """Small towers on photos that a table names with their captions: minutes on two CPU cores.
 
     Published: none.
-    Measured: not yet.
+    Measured: on the sample, recall@1 among 79 images and 395 texts: trained ones 0.87 by image and 0.92 by text,
+    held-out ones 0.01 and 0.04 (recall@10 0.22 and 0.31), seed 0.
     Cost: 21 120 images on the 1 421 captions of the sample.
     """
     return ContrastConfig(
