@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from PIL import Image
 from torch import Tensor
 from vitreg_core.config import ViTConfig
@@ -410,6 +411,7 @@ class Child:
     @staticmethod
     def work(sender: Connection, cache: Path, pause: float, largest: int | None, environment: dict[str, str]) -> None:
         os.environ.update(environment)
+        PartialState._reset_state()  # which other tests may have set up before the fork
         torch.manual_seed(0)
         model = Slow(CONFIG).eval()
         model.pause = pause

@@ -37,9 +37,9 @@ def model() -> VisionTransformer:
 
 
 def picture(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A picture with blotches, so that patches differ."""
+    """A picture with blotches."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return Image.fromarray(coarse).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -488,9 +488,6 @@ def test_the_journal_of_another_search_is_refused(
     with pytest.raises(InputError, match=r"journal-0\.jsonl holds 2 images of an unfinished search with another model"):
         run(model, voc_options(voc, features="values"), tmp_path / "out")
     run(model, voc_options(voc, batch_size=1), tmp_path / "out")  # what changes no box is no other search
-
-
-# Real data
 
 
 @pytest.mark.real_data

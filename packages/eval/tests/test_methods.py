@@ -178,7 +178,9 @@ def test_dino_seg_boxes_the_whole_image_when_no_patch_is_attended() -> None:
 
 def test_dino_seg_refuses_heads_masses_and_values_that_are_not_there() -> None:
     view = view_of((3, 4), attention=torch.ones(3, 12) / 13)
-    with pytest.raises(InputError, match="head 4 of an attention layer with 3 heads; use 0 to 2, or their mean"):
+    with pytest.raises(
+        InputError, match="head 4 of an attention layer with 3 heads; use 0 to 2, or none for their mean"
+    ):
         METHODS["dino_seg"].find(view)
     for mass in (0.0, 1.1, float("nan")):
         with pytest.raises(InputError, match=f"mass={mass}: the share of attention to keep"):
