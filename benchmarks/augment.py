@@ -22,7 +22,8 @@ from torch import Tensor
 from vitreg_core.config import PreprocessConfig
 from vitreg_recipes.augment import seeded, training_transform
 from vitreg_recipes.data.folder import FolderPhotos
-from vitreg_recipes.data.photos import Samples, collate
+from vitreg_recipes.data.photos import join
+from vitreg_recipes.data.reading import Samples
 
 MADE = 200  # photos, where none are given
 ROUND = 100  # photos in a batch, between two looks at the clock
@@ -50,8 +51,9 @@ def measure(folder: Path, size: int, repeats: int) -> None:
     """Print the speeds of both, and their ratio."""
     preprocess = PreprocessConfig(image_size=size)
     photos = FolderPhotos(folder)
-    samples = Samples(photos, training_transform("three", preprocess), size, seed=0)
-    count = len(photos.labels)
+    ours = training_transform("three", preprocess)
+    samples = Samples(photos, lambda image, index: (ours(image), int(photos.labels[index])), join, seed=0)
+    count = len(photos)
     transform = create_transform(
         size, is_training=True, auto_augment="3a", color_jitter=0.3, interpolation="bicubic", hflip=0.5
     )
@@ -61,7 +63,7 @@ def measure(folder: Path, size: int, repeats: int) -> None:
     same_file = [order[photos.path(index).name] for index in range(count)]
 
     def read_ours(places: range) -> Tensor:
-        return collate(samples.__getitems__([(place, place % count) for place in places]))[0]
+        return samples.__getitems__([(place, place % count) for place in places])[0][0]
 
     def read_theirs(places: range) -> Tensor:
         return torch.stack([theirs[same_file[place % count]][0] for place in places])
@@ -72,9 +74,9 @@ def measure(folder: Path, size: int, repeats: int) -> None:
             same += torch.equal(read_theirs(range(place, place + 1)), read_ours(range(place, place + 1)))
     print(f"{size} px: {same} of {ROUND} images equal, bit by bit")
     speeds = [(speed(read_ours, turn * ROUND), speed(read_theirs, turn * ROUND)) for turn in range(repeats + 1)][1:]
-    ours, timms = (median(values) for values in zip(*speeds, strict=True))
+    speed_ours, timms = (median(values) for values in zip(*speeds, strict=True))
     ratios = [one / other for one, other in speeds]
-    print(f"{size} px: ours {ours:.0f} images/s per core, timm {timms:.0f}")
+    print(f"{size} px: ours {speed_ours:.0f} images/s per core, timm {timms:.0f}")
     print(f"{size} px: ratio {median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 

@@ -13,6 +13,7 @@ from vitreg_core.errors import InputError
 from vitreg_recipes.contrast.shards import ShardCaptions
 from vitreg_recipes.contrast.tables import HubCaptions, ListedCaptions
 from vitreg_recipes.data import HUB, matching
+from vitreg_recipes.data.reading import Pictures
 from vitreg_recipes.data.tables import load
 
 JOIN = "::"
@@ -22,26 +23,11 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 
 
 @runtime_checkable
-class Captioned(Protocol):
+class Captioned(Pictures, Protocol):
     """Images with captions that can be read in any order."""
 
-    where: str
-    """Where they lie, for messages."""
     dropped: int
     """Samples left out: without a caption, with an empty one, or without an image."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def name(self, index: int) -> str:
-        """What a user knows an image by."""
-
-    def read(self, index: int) -> Image.Image:
-        """Read an image as RGB, upright.
-
-        Raises:
-            InputError: it cannot be read.
-        """
 
     def caption(self, index: int) -> str:
         """Caption of an image.

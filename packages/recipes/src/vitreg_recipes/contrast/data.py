@@ -4,29 +4,28 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, InterpolationMode, RandomResizedCrop
 from tqdm import tqdm
 from vitreg_core.clip_config import CLIP_MEAN, CLIP_STD
 from vitreg_core.config import PreprocessConfig
-from vitreg_core.data.images import Preprocess, cut_ends
+from vitreg_core.data.images import Preprocess
 from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 
-from vitreg_recipes.augment import Finish, Transform, seed_generators, seeded
+from vitreg_recipes.augment import Finish, Transform
 from vitreg_recipes.config import SCENES
 from vitreg_recipes.contrast.captions import Captioned, open_captions
 from vitreg_recipes.contrast.config import ContrastConfig
 from vitreg_recipes.data import Data
 from vitreg_recipes.data.batch import Share
-from vitreg_recipes.data.order import Shuffled, Steps
-from vitreg_recipes.data.photos import end_with_parent_only, report
+from vitreg_recipes.data.order import Shuffled
+from vitreg_recipes.data.reading import Reader
 from vitreg_recipes.data.scenes import EPOCH
 
 Tokenizer = Callable[[list[str]], Tensor]
@@ -115,13 +114,12 @@ class CaptionPairs:
                 "give a smaller batch, or more images"
             )
         self.classes: list[str] = []
-        self.skipped: set[str] = set()
         self.preprocess = preprocess_of(config)
-        self.crop_scale = config.data.crop_scale
+        self.crop = training_crop(config.data.crop_scale, self.preprocess)
         self.tokenizer = tokenizer
-        self.seed = config.seed
-        self.workers = config.data.workers
         self.order = Shuffled(self.images, config.seed)
+        self.reader = Reader(source, self.order, seed=config.seed, workers=config.data.workers)
+        self.skipped = self.reader.skipped
 
     def epoch_steps(self, share: Share) -> int:
         """Whole batches in the data."""
@@ -137,68 +135,20 @@ class CaptionPairs:
             total = self.images + self.source.dropped
             told = f"{self.source.dropped} of {total} samples lack a caption or an image, and are left out"
             tqdm.write(f"{self.source.where}: {told}", file=sys.stderr)
-        transform = training_crop(self.crop_scale, self.preprocess)
-        loader = DataLoader(
-            Samples(self.source, transform, self.tokenizer, size=self.preprocess.image_size, seed=self.seed),
-            batch_sampler=Steps(self.order, step, share),
-            collate_fn=collate,
-            num_workers=self.workers,
-            worker_init_fn=end_with_parent_only,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # or the loader would draw from the generator of the training
-        )
-        for images, tokens, skipped in loader:
-            report(skipped, self.skipped, self.source.where, self.images)
-            yield Pairs(images.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
+        for images, tokens in self.reader.batches(self.make, self.join, step, share, device):
+            yield Pairs(images, tokens)
+
+    def make(self, image: Image.Image, index: int) -> tuple[Tensor, str]:
+        """One cropped image and its caption."""
+        return self.crop(image), self.source.caption(index)
+
+    def join(self, samples: list[tuple[Tensor, str]]) -> tuple[Tensor, Tensor]:
+        """Images and tokens of a batch."""
+        images, captions = zip(*samples, strict=True)
+        return torch.stack(images), self.tokenizer(list(captions))
 
 
 def training_crop(scale: tuple[float, float], preprocess: PreprocessConfig) -> Transform:
     """A random crop of some share of the area, resized with a bicubic filter; no flip, which would falsify captions."""
     size = preprocess.image_size
     return Compose([RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC), Finish(preprocess)])
-
-
-class Sample(NamedTuple):
-    """One cropped image, its caption, and the unreadable images that it stands in for."""
-
-    image: Tensor
-    caption: str
-    skipped: list[str]
-
-
-class Samples(Dataset[Sample]):
-    """Cropped images by (place in the run, index): each place has randomness of its own."""
-
-    def __init__(self, source: Captioned, transform: Transform, tokenizer: Tokenizer, *, size: int, seed: int) -> None:
-        self.source = source
-        self.transform = transform
-        self.tokenizer = tokenizer
-        self.size = size
-        self.seed = seed
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, list[str]]:
-        """The samples of a batch, joined; the generators are put back once, after all of them."""
-        with seeded(self.seed):
-            samples = [self.read(place, index) for place, index in keys]
-        skipped = [name for sample in samples for name in sample.skipped]
-        tokens = self.tokenizer([sample.caption for sample in samples])
-        return torch.stack([sample.image for sample in samples]), tokens, skipped
-
-    def read(self, place: int, index: int) -> Sample:
-        """Read and crop one image, or the next one that can be read, with its caption."""
-        skipped: list[str] = []
-        while 2 * len(skipped) <= len(self.source):
-            try:
-                image, caption = cut_ends(self.source.read(index)), self.source.caption(index)
-            except InputError:
-                skipped.append(self.source.name(index))
-                index = (index + 1) % len(self.source)
-                continue
-            seed_generators(self.seed, place)
-            return Sample(self.transform(image), caption, skipped)
-        return Sample(torch.zeros(3, self.size, self.size), "", skipped)  # which `report` refuses
-
-
-def collate(batch: Any) -> Any:  # noqa: ANN401 (what `Samples` joined; torch expects a list)
-    """The batch as it is."""
-    return batch

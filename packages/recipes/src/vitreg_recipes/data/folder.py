@@ -23,6 +23,9 @@ class FolderPhotos:
         self.labels = np.array(found.labels)
         self.paths = np.array([os.fsencode(path.relative_to(folder)) for path in found.paths])
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def path(self, index: int) -> Path:
         """Path of a picture."""
         return self.folder / os.fsdecode(self.paths[index])

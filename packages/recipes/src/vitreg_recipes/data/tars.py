@@ -76,6 +76,9 @@ class TarPhotos:
         self.labels = index.labels
         self.classes: list[str] = index.classes.tolist()
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def name(self, index: int) -> str:
         """Tar and member."""
         return member_name(self.shards[self.index.shards[index]], self.index.offsets[index])

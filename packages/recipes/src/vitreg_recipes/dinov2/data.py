@@ -4,30 +4,27 @@ import random
 import sys
 from collections.abc import Iterator
 from itertools import count
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from vitreg_core.config import PreprocessConfig
-from vitreg_core.data.images import cut_ends
 from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.errors import InputError
 
-from vitreg_recipes.augment import seed_generators, seeded
+from vitreg_recipes.augment import seeded
 from vitreg_recipes.config import SCENES
 from vitreg_recipes.data.batch import Share
-from vitreg_recipes.data.order import Shuffled, Steps
-from vitreg_recipes.data.photos import end_with_parent_only, report
+from vitreg_recipes.data.order import Shuffled
+from vitreg_recipes.data.reading import Reader
 from vitreg_recipes.data.scenes import EPOCH
 from vitreg_recipes.dinov2.config import DinoConfig
 from vitreg_recipes.dinov2.crops import Crops, MultiCrop
 from vitreg_recipes.dinov2.masks import draw_masks
-from vitreg_recipes.dinov2.pictures import Pictures, open_pictures
+from vitreg_recipes.dinov2.pictures import open_pictures
 
 SCENE_SCALE = 2
 """Side of a scene over that of a global crop, so that crops are parts of it."""
@@ -45,15 +42,21 @@ class CropData:
     def __init__(self, config: DinoConfig) -> None:
         self.config = config
         self.classes: list[str] = []
-        self.skipped: set[str] = set()
         self.told = False
         self.preprocess = PreprocessConfig(image_size=config.model.image_size)
         self.crop = MultiCrop(config.data, self.preprocess)
         size, patch = config.model.size, config.model.patch_size
         self.grid = (size[0] // patch, size[1] // patch)
-        self.pictures: Pictures | None = None if config.data.path == SCENES else open_pictures(config.data.path)
-        self.images = 0 if self.pictures is None else len(self.pictures)
-        if self.pictures is not None and self.images < config.data.batch_size:
+        self.images = 0
+        self.reader: Reader | None = None
+        self.skipped: set[str] = set()
+        if config.data.path != SCENES:
+            pictures = open_pictures(config.data.path)
+            self.images = len(pictures)
+            order = Shuffled(self.images, config.seed)
+            self.reader = Reader(pictures, order, seed=config.seed, workers=config.data.workers)
+            self.skipped = self.reader.skipped
+        if self.reader is not None and self.images < config.data.batch_size:
             raise InputError(
                 f"{config.data.path}: {self.images} images for data.batch_size={config.data.batch_size}; give a "
                 "smaller batch, or more images"
@@ -61,11 +64,12 @@ class CropData:
 
     def epoch_steps(self, share: Share) -> int:
         """Whole batches in the data; a fixed number where there is no end."""
-        return EPOCH if self.pictures is None else Shuffled(self.images, self.config.seed).epoch_steps(share)
+        return EPOCH if self.reader is None else self.reader.order.epoch_steps(share)
 
     def batches(self, step: int, share: Share, device: torch.device) -> Iterator[Crops]:
         """Yield batches without end, from a step on."""
-        crops = self.of_scenes(step, share) if self.pictures is None else self.of_pictures(self.pictures, step, share)
+        reader = self.reader
+        crops = self.of_scenes(step, share) if reader is None else self.of_pictures(reader, step, share, device)
         for number, (large, small) in zip(count(step), crops, strict=False):
             masks = self.masks(number, share)
             yield Crops(*(part.to(device, non_blocking=True) for part in (large, small, masks)))
@@ -89,21 +93,15 @@ class CropData:
                 crops = join([self.crop(to_picture(image)) for image in scenes.image])
             yield crops
 
-    def of_pictures(self, pictures: Pictures, step: int, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
+    def of_pictures(self, reader: Reader, step: int, share: Share, device: torch.device) -> Iterator[tuple]:
         """Crops of pictures, read by workers."""
-        loader = DataLoader(
-            CropSamples(pictures, self.crop, self.config.seed),
-            batch_sampler=Steps(Shuffled(self.images, self.config.seed), step, share),
-            collate_fn=collate,
-            num_workers=self.config.data.workers,
-            worker_init_fn=end_with_parent_only,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or the loader would draw from the generator of the training
-        )
-        for large, small, skipped, enlarged in loader:
-            report(skipped, self.skipped, pictures.where, self.images)
+        for large, small, enlarged in reader.batches(self.make, join_counted, step, share, device):
             self.tell(enlarged, len(large) // 2)
             yield large, small
+
+    def make(self, image: Image.Image, _index: int) -> tuple[tuple[Tensor, Tensor], bool]:
+        """The crops of one picture, and whether it is smaller than a global one."""
+        return self.crop(image), min(image.size) < self.crop.size
 
     def tell(self, enlarged: int, images: int) -> None:
         """Say once that images are smaller than a crop."""
@@ -116,49 +114,10 @@ class CropData:
             )
 
 
-class Sample(NamedTuple):
-    """The crops of one picture, and the unreadable files that it stands in for."""
-
-    large: Tensor
-    small: Tensor
-    skipped: list[str]
-    enlarged: bool
-    """Whether the picture is smaller than a global crop."""
-
-
-class CropSamples(Dataset[Sample]):
-    """Crops by (place in the run, index): each place has randomness of its own."""
-
-    def __init__(self, pictures: Pictures, crop: MultiCrop, seed: int) -> None:
-        self.pictures = pictures
-        self.crop = crop
-        self.seed = seed
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch; the generators are put back once, after all of them."""
-        with seeded(self.seed):
-            return [self.read(place, index) for place, index in keys]
-
-    def read(self, place: int, index: int) -> Sample:
-        """Read and crop one picture, or the next one that can be read."""
-        skipped: list[str] = []
-        while 2 * len(skipped) <= len(self.pictures):
-            try:
-                image = cut_ends(self.pictures.read(index))
-            except InputError:
-                skipped.append(self.pictures.name(index))
-                index = (index + 1) % len(self.pictures)
-                continue
-            seed_generators(self.seed, place)
-            return Sample(*self.crop(image), skipped, min(image.size) < self.crop.size)
-        return Sample(*self.crop(Image.new("RGB", (8, 8))), skipped, enlarged=False)  # which `report` refuses
-
-
-def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, list[str], int]:
-    """Join samples into a batch."""
-    crops = join([(sample.large, sample.small) for sample in samples])
-    skipped = [name for sample in samples for name in sample.skipped]
-    return *crops, skipped, sum(sample.enlarged for sample in samples)
+def join_counted(samples: list[tuple[tuple[Tensor, Tensor], bool]]) -> tuple[Tensor, Tensor, int]:
+    """Crops of all pictures, and how many of these are smaller than a global crop."""
+    crops, enlarged = zip(*samples, strict=True)
+    return *join(list(crops)), sum(enlarged)
 
 
 def join(crops: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

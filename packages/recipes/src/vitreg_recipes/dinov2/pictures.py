@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -13,29 +13,9 @@ from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import SCENES
 from vitreg_recipes.data import HUB, matching
+from vitreg_recipes.data.reading import Pictures
 from vitreg_recipes.data.tables import TableImages, load
 from vitreg_recipes.data.tars import cached, member_name, members, read_bytes, split_key
-
-
-@runtime_checkable
-class Pictures(Protocol):
-    """Pictures that can be read in any order."""
-
-    where: str
-    """Where they lie, for messages."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def name(self, index: int) -> str:
-        """What a user knows a picture by."""
-
-    def read(self, index: int) -> Image.Image:
-        """Read a picture as RGB, upright.
-
-        Raises:
-            InputError: it cannot be read.
-        """
 
 
 class FolderPictures:
