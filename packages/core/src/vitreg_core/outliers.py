@@ -67,6 +67,8 @@ class Outliers:
     """The verdict: is there an outlier mode?"""
     rule: Literal["mixture", "small-sample"]
     """Which rule gave the verdict; the second one where there were too few tokens to fit a mixture."""
+    cut: float | None
+    """Log of a norm over the median norm of its image, above which a token is an outlier; None when none were found."""
     cutoff: float | None
     """Norm above which a token of a typical image is an outlier; None when none were found."""
     fraction: float
@@ -225,6 +227,7 @@ def find_outliers(norms: Float[Tensor, "images p"], *, rule: OutlierRule | None 
         mask=torch.from_numpy(mask).to(norms.device),
         found=cut is not None,
         rule=name,
+        cut=cut,
         cutoff=None if cut is None else float(np.exp(cut + np.median(medians))),
         fraction=float(mask.mean()),
         image_fraction=float(mask.any(axis=1).mean()),
@@ -234,6 +237,21 @@ def find_outliers(norms: Float[Tensor, "images p"], *, rule: OutlierRule | None 
         separation=separation,
         evidence=gather_evidence(values, centred, histogram, rule),
     )
+
+
+def mark_outliers(norms: Float[Tensor, "images p"], cut: float | None) -> Bool[Tensor, "images p"]:
+    """Which tokens of any images are outliers by a verdict that was found on some of them.
+
+    Args:
+        norms: as for `find_outliers`.
+        cut: `Outliers.cut`; None marks nothing.
+
+    Raises:
+        InputError: as `find_outliers`.
+    """
+    logs = np.log(checked(norms))
+    centred = logs - np.median(logs, axis=1, keepdims=True)
+    return torch.from_numpy(centred > (np.inf if cut is None else cut)).to(norms.device)
 
 
 def checked(norms: Float[Tensor, "images p"]) -> Float64[np.ndarray, "images p"]:

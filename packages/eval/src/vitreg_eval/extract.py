@@ -1,6 +1,6 @@
 """Features of an image set, computed once: kept in memory, or on disk for the next command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -100,12 +100,12 @@ def extract(
     if folder is None:
         refuse_without_cache()
         return in_memory(backbone, image_set, options, wanted)
-    manifest = describe(backbone, image_set, options.precision, wanted)
+    manifest = describe(backbone, image_set, options.precision, wanted.record(backbone))
     name = f"{image_set.data.name}-{image_set.data.split}"
     store = Store(store_folder(folder, name, manifest), image_set.data.n, manifest["shard"])
     claim(store.folder, manifest)
     group = processes(cpu=backbone.device.type == "cpu")
-    compute(backbone, image_set, options, wanted, store, share(store, group))
+    compute(image_set, reading(backbone, options, wanted), store, share(store, group))
     group.wait()
     return gather(store, image_set.data)
 
@@ -113,7 +113,7 @@ def extract(
 def in_memory(backbone: Backbone, image_set: ImageSet, options: TaskOptions, wanted: Wanted) -> Extracted:
     """Extract without a cache, every process for itself; arguments and errors as `extract`."""
     memory = Memory(image_set.data.n)
-    compute(backbone, image_set, options, wanted, memory, [range(image_set.data.n)])
+    compute(image_set, reading(backbone, options, wanted), memory, [range(image_set.data.n)])
     if not memory.rows:
         raise InputError(f"{image_set.data.name} {image_set.data.split}: 0 images to read; check the folder")
     return gather(memory, image_set.data)
@@ -134,24 +134,37 @@ def share(store: Store, group: Processes) -> list[range]:
     return missing[group.rank :: group.size]
 
 
-def compute(
-    backbone: Backbone,
-    image_set: ImageSet,
-    options: TaskOptions,
-    wanted: Wanted,
-    kept: Store | Memory,
-    spans: list[range],
-) -> None:
-    """Run the backbone over some shards and keep what is wanted; reading and keeping go on while it computes."""
+class Reading(NamedTuple):
+    """What a pass over images keeps of them."""
+
+    read: Callable[[Float[Tensor, "b 3 height width"]], tuple[dict[str, Tensor], tuple[int, int]]]
+    """From a batch to rows by name, where the model computes them, and the grid of the patches."""
+    check: Callable[[str, Tensor, int], Tensor]
+    """From a name, its rows and the index of their first image to the same rows on the CPU, fit to be kept."""
+    pin: bool
+    """Whether batches are put where a GPU can copy from."""
+
+
+def reading(backbone: Backbone, options: TaskOptions, wanted: Wanted) -> Reading:
+    """The wanted tokens of a backbone."""
+    return Reading(
+        read=lambda images: run(backbone, images, options.precision, wanted),
+        check=lambda name, values, start: checked(name, values, wanted.dtype, start),
+        pin=backbone.device.type == "cuda",
+    )
+
+
+def compute(image_set: ImageSet, reading: Reading, kept: Store | Memory, spans: list[range]) -> None:
+    """Read some shards of images and keep what is wanted; loading and keeping go on while the model computes."""
 
     def computed() -> Iterator[tuple[Place, dict[str, Tensor], tuple[int, int], dict[str, Tensor]]]:
-        for place, batch in ahead(located(image_set, spans, pin=backbone.device.type == "cuda"), AHEAD):
-            yield place, *run(backbone, batch.images, options.precision, wanted), batch.targets
+        for place, batch in ahead(located(image_set, spans, pin=reading.pin), AHEAD):
+            yield place, *reading.read(batch.images), batch.targets
 
     def keep(found: tuple[Place, dict[str, Tensor], tuple[int, int], dict[str, Tensor]]) -> int:
-        place, tokens, grid, targets = found
-        rows = {name: checked(name, values, wanted.dtype, place.start) for name, values in tokens.items()}
-        rows |= {TARGET + name: values for name, values in targets.items()}
+        place, values, grid, targets = found
+        rows = {name: reading.check(name, value, place.start) for name, value in values.items()}
+        rows |= {TARGET + name: value for name, value in targets.items()}
         kept.put(place.start, place.span, rows, grid)
         return len(next(iter(rows.values())))
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from vitreg_core.errors import InputError
-from vitreg_core.features import Backbone, block_index
+from vitreg_core.features import Backbone
 from vitreg_core.precision import Precision
 from vitreg_core.weights.files import weights_hash
 
 from vitreg_eval import store
 from vitreg_eval.datasets import ImageSet
-from vitreg_eval.tokens import Wanted
 
 MANIFEST = "manifest.json"
 MEANING = {
@@ -30,13 +29,14 @@ MEANING = {
     "parts": "other tokens",
     "dtype": "another number type",
     "precision": "another precision of the arithmetic",
+    "records": "other records",
     "shard": "another size of shards",
 }
 """What a reader is told where two manifests differ."""
 
 
-def describe(backbone: Backbone, image_set: ImageSet, precision: Precision, wanted: Wanted) -> dict[str, Any]:
-    """All that features depend on, in plain values."""
+def describe(backbone: Backbone, image_set: ImageSet, precision: Precision, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """All that features depend on, in plain values; `kept` says what is kept of each image."""
     assert isinstance(backbone, nn.Module)
     assert image_set.prepared is not None, "an image set whose features are cached says how it was prepared"
     return {
@@ -45,10 +45,7 @@ def describe(backbone: Backbone, image_set: ImageSet, precision: Precision, want
         "data": image_set.data.hash,
         "images": image_set.data.n,
         "prepared": dict(image_set.prepared),
-        "layers": [block_index(layer, backbone.depth) for layer in wanted.layers],
-        "norm": wanted.norm,
-        "parts": sorted(wanted.parts),
-        "dtype": str(wanted.dtype).removeprefix("torch."),
+        **kept,
         "precision": precision,
         "shard": store.SHARD,
     }

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 from vitreg_core.errors import InputError
 
@@ -149,6 +149,18 @@ class Store:
             raise InputError(f"{self.folder}: {len(missing)} of {len(self.spans)} shards are missing; run it again")
         layout = self.layout(self.spans[-1])
         return {name: self.map(name, *kind) for name, kind in layout.arrays.items()}, layout.grid
+
+    def rows(self, name: str, chosen: Int[Tensor, " n"] | None = None) -> Shaped[Tensor, "n ..."]:
+        """Rows of some images of one array, in memory; of all images by default.
+
+        Raises:
+            InputError: shards are missing, there is no such array, or a file is damaged.
+        """
+        arrays = self.layout(self.spans[-1]).arrays
+        if name not in arrays:
+            raise damaged(self.path(name))
+        mapped = self.map(name, *arrays[name])
+        return mapped.clone() if chosen is None else mapped[chosen]
 
     def map(self, name: str, kind: str, shape: tuple[int, ...]) -> Tensor:
         """One array, memory-mapped."""

@@ -1,6 +1,7 @@
 """What is kept of the tokens that a model gives."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,15 @@ class Wanted:
     """Any of cls, registers, patches and mean_patch, the mean of the patch tokens."""
     dtype: torch.dtype = torch.float32
     """float32 or float16."""
+
+    def record(self, backbone: Backbone) -> dict[str, Any]:
+        """In plain values."""
+        return {
+            "layers": [block_index(layer, backbone.depth) for layer in self.layers],
+            "norm": self.norm,
+            "parts": sorted(self.parts),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 def check_wanted(backbone: Backbone, wanted: Wanted) -> None:

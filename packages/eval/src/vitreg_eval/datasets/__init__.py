@@ -116,10 +116,46 @@ def photo_folder(preprocess: Preprocess, folder: Path, limit: int | None, batch_
     Raises:
         InputError: missing or empty folder; while reading, an image that cannot be read.
     """
-    paths = list_images(folder)
-    if limit is not None and limit < len(paths):
-        paths = [paths[index * len(paths) // limit] for index in range(limit)]
-    return image_files(preprocess, paths, folder, "", batch_size)
+    return image_files(preprocess, spread(list_images(folder), limit), folder, "", batch_size)
+
+
+@dataclass(frozen=True)
+class TolerantSet:
+    """Images of which some may be unreadable: their rows are zeros, and the target `readable` says so."""
+
+    images: ImageSet
+    names: list[str]
+    """What a user knows each image by; empty for drawn ones."""
+
+
+def tolerant_folder(preprocess: Preprocess, folder: Path, limit: int | None, batch_size: int) -> TolerantSet:
+    """All images below a folder, or `limit` of them, evenly spread; target: readable.
+
+    Raises:
+        InputError: missing or empty folder.
+    """
+    paths = spread(list_images(folder), limit)
+    size = preprocess.config.image_size
+
+    def prepare(index: int) -> Tensor | None:
+        with suppress(InputError):
+            return preprocess(read_image(paths[index]))
+        return None
+
+    def part(start: int, stop: int) -> Iterator[Batch]:
+        for read in grouped(prepare, start, stop, batch_size):
+            images = torch.stack([torch.zeros(3, size, size) if image is None else image for image in read])
+            yield Batch(images, {"readable": torch.tensor([image is not None for image in read])})
+
+    image_set = ImageSet(file_record(paths, folder, ""), part, prepared(preprocess))
+    return TolerantSet(image_set, [path.relative_to(folder).as_posix() for path in paths])
+
+
+def spread(items: list[T], most: int | None) -> list[T]:
+    """All items, or so many of them, evenly spread."""
+    if most is None or most >= len(items):
+        return items
+    return [items[index * len(items) // most] for index in range(most)]
 
 
 def image_files(

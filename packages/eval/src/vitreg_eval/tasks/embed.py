@@ -48,7 +48,7 @@ def run(backbone: Backbone, options: EmbedOptions, out: Path) -> Outcome:
         raise InputError(f"--tokens {','.join(options.tokens)}: this model has no registers; leave them out")
     named = open_named(backbone, options)
     wanted = Wanted((options.layer,), norm=options.norm, parts=options.tokens, dtype=DTYPES[options.dtype])
-    manifest = describe(backbone, named.images, options.precision, wanted)
+    manifest = describe(backbone, named.images, options.precision, wanted.record(backbone))
     claim(out, manifest)
     found = extract(backbone, named.images, options, wanted, options.cache or out / PARTIAL)
     path = out / f"features.{options.format}"
