@@ -18,17 +18,18 @@ from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.outliers import OutlierRule
 from vitreg_core.planted import plant_register_neurons
 from vitreg_core.provenance import commit, versions
-from vitreg_core.test_time import add_test_time_register
+from vitreg_core.test_time import with_test_time_registers
 from vitreg_core.weights.files import weights_hash
 from vitreg_eval import showcase
 from vitreg_eval.config import DepthOptions, KnnOptions, LogregOptions, LostOptions, NormsOptions, SegmentOptions
 from vitreg_eval.datasets import photo_folder, scenes
+from vitreg_eval.diagnosis import diagnose, outlier_metrics
 from vitreg_eval.extract import all_tokens, train_and_test
 from vitreg_eval.metrics import Metric
 from vitreg_eval.published import PAPER, WITHOUT_AND_WITH
 from vitreg_eval.report import Page, Section, apart, comparison, settings_section, write_page
 from vitreg_eval.results import table, write_json
-from vitreg_eval.tasks import depth, doctor, knn, logreg, lost, norms, segment
+from vitreg_eval.tasks import depth, knn, logreg, lost, norms, segment
 from vitreg_recipes import TrainConfig, find, train
 
 WITHOUT, WITH = "R = 0", "R = {}"
@@ -84,7 +85,7 @@ def build_models(options: QuickstartOptions) -> dict[str, VisionTransformer]:
         draw_scenes(CALIBRATION_SCENES, (options.seed, CALIBRATION_SEED), image_size=64).image
     )
     models[PLANTED], neurons = plant_register_neurons(base, images, layer=base.depth // 2, share=0.03, factor=10.0)
-    models[MENDED] = add_test_time_register(models[PLANTED], neurons)
+    models[MENDED] = with_test_time_registers(models[PLANTED], neurons)
     return models
 
 
@@ -143,7 +144,7 @@ def evaluate(
             ),
             ("depth", lambda: depth.evaluate(train_set, test_set, DepthOptions(**common, steps=options.head_steps))),
             ("lost", lambda: evaluate_lost(model, options)),
-            ("doctor", lambda: doctor.evaluate(doctor.diagnose(measured.patches), options.seed)),
+            ("doctor", lambda: outlier_metrics(diagnose(measured.patches), options.seed)),
         )
         found: dict[str, Metric] = {}
         for task, measure in tasks:
@@ -199,7 +200,7 @@ def photo_sections(model: VisionTransformer | None, options: QuickstartOptions) 
     settings = NormsOptions(seed=options.seed, images=options.images, limit=options.limit)
     measured = norms.token_norms(model, image_set, settings)
     shown = showcase.exhibit({model.source: model}, image_set, {model.source: measured}, lost_options(options))
-    found = doctor.evaluate(doctor.diagnose(measured.patches), options.seed)
+    found = outlier_metrics(diagnose(measured.patches), options.seed)
     about = f"{image_set.data.n} photos of {options.images}, weights {model.source}, nothing planted."
     numbers = Section("Photos: numbers", [about], comparison({model.source: found}, {}))
     sections = showcase.show(shown)

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from vitreg_core import InputError, VisionTransformer, ViTConfig, capture
 from vitreg_core.capturing import PARTS
-from vitreg_core.test_time import Neuron, add_test_time_register
+from vitreg_core.test_time import Neuron, with_test_time_registers
 
 TINY = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, registers=2, layer_scale=0.5)
 KINDS = {
@@ -72,7 +72,7 @@ def test_captured_hidden_units_write_the_mlps_share(images: torch.Tensor) -> Non
 
 
 def test_hidden_units_of_an_edited_model_are_the_edited_ones(images: torch.Tensor) -> None:
-    model = add_test_time_register(tiny(), [Neuron(layer=1, unit=5)])
+    model = with_test_time_registers(tiny(), [Neuron(layer=1, unit=5)])
     with capture(model, 1, "hidden") as captured:
         model(images)
     hidden, register = captured.hidden[1], model.num_prefix_tokens - 1

@@ -11,7 +11,7 @@ from vitreg_core.elastic import AutoRegisters, calibrate, outlier_scores
 from vitreg_core.errors import InputError
 from vitreg_core.outliers import find_outliers, patch_norms
 from vitreg_core.planted import plant_register_neurons
-from vitreg_core.test_time import Neuron, add_test_time_register
+from vitreg_core.test_time import Neuron, with_test_time_registers
 
 CONFIG = ViTConfig(
     image_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3, registers=3, layer_scale=0.5, num_classes=5
@@ -125,7 +125,7 @@ def test_tools_work_on_a_view() -> None:
         view(images)
     torch.testing.assert_close(taken.attention[2], view.attention(images, 2))
     assert view.with_registers(0).num_registers == 0
-    edited = add_test_time_register(view, [Neuron(1, 5)])
+    edited = with_test_time_registers(view, [Neuron(1, 5)])
     assert edited(images).registers.shape == (1, 2, 24)
     with pytest.raises(InputError, match="moved neurons, which need its last register; take registers away before"):
         edited.with_registers(1)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from vitreg_core import PreprocessConfig, VisionTransformer, ViTConfig, load_model, save_model
 from vitreg_core.config import override
 from vitreg_core.errors import InputError
-from vitreg_core.test_time import Neuron, add_test_time_register
 
 ROOT = Path(__file__).parents[3]
 BASE = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
@@ -199,7 +198,8 @@ def test_another_way_to_resize_positions_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["timm", "dinov2"])
 def test_neither_a_changed_model_nor_an_unwritable_folder_is_written(layout: str, tmp_path: Path) -> None:
-    changed = add_test_time_register(VisionTransformer(override(BASE, {"registers": 1})), [Neuron(0, 0)])
+    changed = model_of({"registers": 1})
+    changed.block(0).mlp.fc1 = torch.nn.Linear(BASE.embed_dim, 5)
     with pytest.raises(InputError, match="save the one it was made from"):
         save_model(changed, tmp_path / "new", layout=layout)
     (tmp_path / "file").touch()

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from vitreg_core import PreprocessConfig, VisionTransformer, ViTConfig, load_model, save_model
 from vitreg_core.data.images import list_images, read_image
 from vitreg_core.errors import InputError
-from vitreg_core.test_time import Neuron, add_test_time_register
 from vitreg_core.weights.files import weights_hash
 
 CONFIG = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, registers=2, num_classes=5)
@@ -208,7 +207,8 @@ def test_unknown_sources_are_refused_with_advice() -> None:
 
 
 def test_a_changed_model_is_not_saved_as_if_it_were_not(tmp_path: Path) -> None:
-    edited = add_test_time_register(VisionTransformer(CONFIG), [Neuron(0, 0)])
+    edited = VisionTransformer(CONFIG)
+    edited.block(0).mlp.fc1 = torch.nn.Linear(CONFIG.embed_dim, 5)
     with pytest.raises(InputError, match="changed after it was built; save the one it was made from"):
         save_model(edited, tmp_path / "model")
     assert not (tmp_path / "model").exists()

@@ -49,7 +49,7 @@ class Native(Anatomy):
     """Our own model."""
 
     attention_path = "attn"
-    hidden_path = "mlp.fc2|mlp.w3|mlp.mlp.fc2|mlp.mlp.w3"  # the last two: within `test_time.MovedNeurons`
+    hidden_path = "mlp.fc2|mlp.w3|mlp.mlp.fc2|mlp.mlp.w3"  # the last two: within `MovedNeurons`
 
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model

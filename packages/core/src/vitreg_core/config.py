@@ -18,6 +18,19 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
+class MovedConfig(Config):
+    """Hidden units that test-time registers hold in place of the patches (`test_time.with_test_time_registers`)."""
+
+    neurons: tuple[tuple[NonNegativeInt, NonNegativeInt], ...]
+    """Block and hidden unit of each, from 0."""
+    first: NonNegativeInt
+    """Where the first test-time register stands in the sequence."""
+    registers: NonNegativeInt
+    """How many stand there; they count among the registers of the model."""
+    biases: NonNegativeInt
+    """Pairs of a key and a value that every head attends to besides the tokens, in place of such registers."""
+
+
 class ViTConfig(Config):
     """What fixes the shapes of a vision transformer, and how it was meant to be built."""
 
@@ -85,6 +98,8 @@ class ViTConfig(Config):
     """Recipe of the random start."""
     register_std: PositiveFloat | None = None
     """Standard deviation of the registers at the start, in place of the recipe's; near 0 they would stay alike."""
+    moved: MovedConfig | None = None
+    """Hidden units that were moved off the patches without training; none in a model as it was trained."""
 
     @property
     def size(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vitreg_core.errors import InputError
 from vitreg_core.feed_forward import Mlp
-from vitreg_core.test_time import Neuron
+from vitreg_core.register_neurons import Neuron
 from vitreg_core.vit import VisionTransformer
 
 STEEPNESS = 20.0

@@ -16,9 +16,9 @@ from vitreg_core.data.images import Preprocess
 from vitreg_core.embed import PatchEmbed, Positions, RotaryPositions
 from vitreg_core.errors import InputError
 from vitreg_core.features import QKV, Features, block_index, name_tokens
-from vitreg_core.feed_forward import FEED_FORWARDS
 from vitreg_core.hub import HubMethods
 from vitreg_core.initialise import initialise
+from vitreg_core.moved_neurons import install
 from vitreg_core.registers import FirstRegisters, Registers
 from vitreg_core.timm_methods import TimmMethods
 
@@ -51,6 +51,8 @@ class VisionTransformer(TimmMethods, HubMethods):
         self.fc_norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.norm_pooled else nn.Identity()
         self.head = nn.Linear(dim, config.num_classes, bias=config.head_bias) if config.num_classes else None
         initialise(self)
+        if config.moved is not None:
+            install(self, config.moved)
 
     def forward(
         self,
@@ -88,8 +90,7 @@ class VisionTransformer(TimmMethods, HubMethods):
         """
         if not 0 <= count <= self.num_registers:
             raise InputError(f"{count} registers of a model with {self.num_registers}; use 0 to {self.num_registers}")
-        kind = FEED_FORWARDS[self.config.feed_forward]
-        if not all(isinstance(self.block(layer).mlp, kind) for layer in range(self.depth)):
+        if self.config.moved is not None:
             raise InputError("this model has moved neurons, which need its last register; take registers away before")
         view = copy.copy(self)
         view.config = override(self.config, {"registers": count})
@@ -123,6 +124,8 @@ class VisionTransformer(TimmMethods, HubMethods):
             raise InputError(
                 f"{len(batches)} batches and {len(masks)} masks; give one batch or more, and a mask for each"
             )
+        if self.config.moved is not None:  # their MLPs look at all tokens of an image, which a packed sequence hides
+            return [self(images, mask) for images, mask in zip(batches, masks, strict=True)]
         embedded = [self.embed(images, mask) for images, mask in zip(batches, masks, strict=True)]
         groups = tuple(
             Group(tokens.shape[0], tokens.shape[1], self.rotation(images))

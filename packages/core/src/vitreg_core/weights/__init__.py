@@ -64,8 +64,8 @@ def save_model(
             names of DINOv2's own models. `load_model` reads all three.
 
     Raises:
-        InputError: the model holds more than its config says (test-time registers), the other library cannot compute
-            what it does (names the field), or the folder cannot be written.
+        InputError: the model holds other tensors than its config says, the other library cannot compute what it does
+            (names the field; test-time registers fit no other), or the folder cannot be written.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")

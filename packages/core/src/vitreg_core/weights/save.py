@@ -197,7 +197,7 @@ def refuse(folder: Path, layout: str, model: VisionTransformer, fields: list[Wan
         InputError: names the first field, its value, and what can be written.
     """
     unchanged(model, folder)
-    for name, fits, wanted in fields:
+    for name, fits, wanted in [("moved", model.config.moved is None, 'none; save it as "vitreg"'), *fields]:
         if not fits:
             value = getattr(model.config, name)
             raise InputError(f'{folder}: {name}={value!r} cannot be written as "{layout}", which needs {wanted}')

@@ -1,0 +1,262 @@
+"""Finding the register neurons of any model: rank hidden units by how they single out outliers, choose how many."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+
+from vitreg_core.backbones.adapter import Adapter
+from vitreg_core.capturing import capture, find, find_anatomy
+from vitreg_core.edited import Batches, batches_of, original, with_test_time_registers
+from vitreg_core.errors import InputError
+from vitreg_core.features import Backbone
+from vitreg_core.outliers import Outliers, emergence_block, find_outliers
+from vitreg_core.register_neurons import Neuron, RegisterNeurons, Step
+from vitreg_core.vit import VisionTransformer
+from vitreg_core.weights.files import weights_hash
+
+LEAST_IMAGES = 16
+"""Below so many, `find_outliers` has no mixture to fit and a score rests on a handful of outliers."""
+MOST_NEURONS = 64
+MOST_TOKENS = 8
+
+
+@torch.no_grad()
+def find_register_neurons(
+    model: nn.Module | Backbone,
+    images: Batches,
+    *,
+    remaining: float = 0.1,
+    guard: float = 0.98,
+    tokens: int | None = None,
+) -> RegisterNeurons:
+    """Find the hidden units that write a model's outliers, and how many of them to move to test-time registers.
+
+    Outliers are marked by the rule of `find_outliers`. A unit's score is its mean activation at outliers minus that at
+    other patches, over the standard deviation at the latter; units are searched from a quarter of the depth up to the
+    block in which outliers appear (Jiang et al. 2025, arXiv 2506.08010, section 3, with contrast in place of their mean
+    activation). The smallest number is taken, by doubling and bisection, after which no outlier mode and no more than
+    `remaining` of the outliers are left, or no more than that if there is no such number, while the class token stays
+    close to that of the unedited model.
+
+    Memory does not grow with the number of images, but for one norm per patch and block. It takes some ten passes.
+
+    Args:
+        model: ours, or one that `as_backbone` takes, in evaluation mode; left as it is.
+        images: normalised pixels, 100 to 1,000 of the kind the model is for: a tensor, or batches of one size that can
+            be gone through several times in the same order, such as a list.
+        remaining: part of the outliers that may remain, 0 to 1.
+        guard: least mean cosine of the class token to that of the unedited model; of the mean patch without one.
+        tokens: test-time registers; as many as outliers in a typical image that has some, at most 8, if left out.
+
+    Returns:
+        The neurons and what they do. Without outliers there are none, and where the aims cannot be met the result says
+        so (`met`) and holds what came closest.
+
+    Raises:
+        InputError: fewer than 16 images, hidden units that cannot be reached, or a model that was edited before.
+    """
+    backbone = original(model)
+    base = observe(backbone, images)
+    if len(base.read) < LEAST_IMAGES:
+        raise InputError(
+            f"{len(base.read)} calibration images; give {LEAST_IMAGES} at least, 100 to 1,000 for good scores"
+        )
+    verdicts = [find_outliers(norms) for norms in base.norms]
+    block = mark(verdicts)
+    outliers = verdicts[-1 if block is None else block]
+    nothing = RegisterNeurons(
+        neurons=(),
+        scores=(),
+        tokens=1,
+        steps=(),
+        before=0.0,
+        after=0.0,
+        cosine=1.0,
+        met=False,
+        cutoff=outliers.cutoff,
+        outlier_block=block,
+        emergence_block=emergence_block([verdict.found for verdict in verdicts]),
+        rule=outliers.rule,
+        images=len(base.read),
+        source=backbone.source,
+        weights=weights_hash(backbone),
+        remaining=remaining,
+        guard=guard,
+    )
+    if block is None or outliers.cutoff is None:
+        return nothing
+    last = block if nothing.emergence_block is None else nothing.emergence_block
+    ranking = rank(backbone, images, outliers.mask, range(min(backbone.depth // 4, last), last + 1))
+    count = typical(outliers.mask) if tokens is None else tokens
+    trial = Trial(backbone, images, base, ranking, count, block, outliers.cutoff)
+    return replace(best_of(trial, nothing), emergence_block=last)
+
+
+def best_of(trial: "Trial", result: RegisterNeurons) -> RegisterNeurons:
+    """The result with the best number of neurons of a ranking."""
+    before = above(trial.base.norms[trial.block], trial.cutoff)
+    limit = result.remaining * before
+    steps = search(trial, len(trial.ranking), limit, result.guard)
+    best = choose(steps, limit, result.guard)
+    return replace(
+        result,
+        neurons=tuple(neuron for neuron, _ in trial.ranking[: best.neurons]),
+        scores=tuple(score for _, score in trial.ranking[: best.neurons]),
+        tokens=trial.tokens,
+        steps=tuple(steps),
+        before=before,
+        after=best.fraction,
+        cosine=best.cosine,
+        met=best.fraction <= limit and best.cosine >= result.guard,
+    )
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a model gives for all images."""
+
+    norms: Float[Tensor, "depth images p"]
+    """Patch norms after every block, before the final norm."""
+    read: Float[Tensor, "images d"]
+    """What is read from each image after the final norm: the class token, or the mean patch."""
+
+
+def observe(model: VisionTransformer | Adapter, images: Batches) -> Observed:
+    """Run a model over all images, batch by batch."""
+    norms, read = [], []
+    for batch in batches_of(images):
+        with capture(model, None, "after") as captured:
+            features = model.features(batch.to(model.device))
+        blocks = [captured.after[layer][:, model.num_prefix_tokens :] for layer in range(model.depth)]
+        norms.append(torch.stack([block.float().norm(dim=-1) for block in blocks]).cpu())
+        read.append((features.patches.mean(dim=1) if features.cls is None else features.cls).float().cpu())
+    if not read:
+        raise InputError(f"0 calibration images; give {LEAST_IMAGES} at least, 100 to 1,000 for good scores")
+    if len({part.shape[2] for part in norms}) > 1:
+        raise InputError("calibration images of several sizes; give images of one size")
+    return Observed(torch.cat(norms, dim=1), torch.cat(read))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Editing a model with the first neurons of a ranking, to see what remains."""
+
+    model: VisionTransformer | Adapter
+    images: Batches
+    base: Observed
+    """Of the unedited model."""
+    ranking: Sequence[tuple[Neuron, float]]
+    tokens: int
+    block: int
+    """After which norms are taken."""
+    cutoff: float
+
+    def __call__(self, number: int) -> Step:
+        """Move the first so many."""
+        edited = with_test_time_registers(self.model, [neuron for neuron, _ in self.ranking[:number]], self.tokens)
+        seen = observe(edited, self.images)
+        norms = seen.norms[self.block]
+        cosine = torch.cosine_similarity(seen.read, self.base.read, dim=-1).mean().item()
+        return Step(number, above(norms, self.cutoff), find_outliers(norms).found, cosine)
+
+
+def mark(verdicts: Sequence[Outliers]) -> int | None:
+    """The block after which outliers are marked: the last, or, without a mode there, the one with the highest mode."""
+    modes = {layer: verdict.ratio or 0.0 for layer, verdict in enumerate(verdicts) if verdict.found}
+    last = len(verdicts) - 1
+    return last if last in modes else max(modes, key=lambda layer: modes[layer], default=None)
+
+
+def typical(mask: Bool[Tensor, "images p"]) -> int:
+    """Mean number of outliers in images that have some, rounded, from 1 to 8."""
+    counts = mask.sum(dim=1)
+    return min(max(round(counts[counts > 0].double().mean().item()), 1), MOST_TOKENS)
+
+
+def above(norms: Float[Tensor, "images p"], cutoff: float) -> float:
+    """Part of the patch tokens with a greater norm."""
+    return (norms > cutoff).double().mean().item()
+
+
+class Contrast:
+    """Sums over the hidden units that one linear layer reads, apart for outliers and other patches."""
+
+    def __init__(self, mask: Bool[Tensor, "images p"]) -> None:
+        self.mask = mask
+        self.images = 0
+        self.at_outliers: Tensor = torch.zeros((), dtype=torch.float64)  # each becomes one number per unit
+        self.elsewhere = self.squares = self.at_outliers
+
+    def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG002 (torch's signature)
+        """Add the patches of a batch, which stand last in the sequence."""
+        mask = self.mask[self.images : self.images + len(args[0])]
+        self.images += len(args[0])
+        hidden = args[0][:, -mask.shape[1] :]
+        mask = mask.to(hidden.device)
+        outliers, others = hidden[mask].double(), hidden[~mask].double()
+        self.at_outliers = self.at_outliers + outliers.sum(dim=0).cpu()
+        self.elsewhere = self.elsewhere + others.sum(dim=0).cpu()
+        self.squares = self.squares + others.square().sum(dim=0).cpu()
+
+    @property
+    def scores(self) -> Float64[Tensor, " hidden"]:
+        """Score of each unit; one that hardly varies elsewhere counts as if it did so by .001 of the average unit."""
+        outliers, others = int(self.mask.sum()), int((~self.mask).sum())
+        mean = self.elsewhere / others
+        std = (self.squares / others - mean.square()).clamp(min=0).sqrt()
+        return (self.at_outliers / outliers - mean) / std.clamp(min=max(1e-3 * std.mean().item(), 1e-12))
+
+
+def rank(
+    model: VisionTransformer | Adapter, images: Batches, mask: Bool[Tensor, "images p"], layers: range
+) -> list[tuple[Neuron, float]]:
+    """Hidden units of some blocks with their scores, highest first, as many as may be chosen.
+
+    Raises:
+        InputError: a block whose hidden units cannot be reached.
+    """
+    anatomy, contrasts = find_anatomy(model), [Contrast(mask) for _ in layers]
+    with ExitStack() as stack:
+        for layer, contrast in zip(layers, contrasts, strict=True):
+            linear = find(anatomy.blocks[layer], anatomy.hidden_path, "hidden units")
+            stack.callback(linear.register_forward_pre_hook(contrast).remove)
+        for batch in batches_of(images):
+            model.features(batch.to(model.device))
+    scores = torch.stack([contrast.scores for contrast in contrasts]).numpy()
+    order = np.argsort(-scores, axis=None, kind="stable")[:MOST_NEURONS]
+    places = zip(*np.unravel_index(order, scores.shape), strict=True)
+    return [(Neuron(layers[int(row)], int(unit)), float(scores[row, unit])) for row, unit in places]
+
+
+def choose(steps: Sequence[Step], limit: float, guard: float) -> Step:
+    """The step to take: clean, at least below the limit, or else what comes closest; the fewest neurons of those."""
+    guarded = [step for step in steps if step.cosine >= guard]
+    low = [step for step in guarded if step.fraction <= limit]
+    clean = [step for step in low if not step.found]
+    if low:
+        return (clean or low)[0]
+    if guarded:
+        return min(guarded, key=lambda step: step.fraction)
+    return max(steps, key=lambda step: step.cosine)
+
+
+def search(try_first: Callable[[int], Step], most: int, limit: float, guard: float) -> list[Step]:
+    """Try numbers of neurons: double until the outliers are gone or the guard is hit, then bisect; ascending."""
+    tried: dict[int, Step] = {}
+
+    def clean(number: int) -> bool:
+        tried[number] = try_first(number)
+        return tried[number].fraction <= limit and not tried[number].found
+
+    low, high = 0, 1
+    while not clean(high) and high < most and tried[high].cosine >= guard:
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if clean(middle) else (middle, high)
+    return [tried[number] for number in sorted(tried)]
