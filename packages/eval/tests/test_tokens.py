@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import average_precision_score
 from torch import Tensor
 from vitreg_core import VisionTransformer, ViTConfig
 from vitreg_core.errors import InputError
@@ -77,8 +78,11 @@ def telling(monkeypatch: pytest.MonkeyPatch) -> type[Telling]:
     return Telling
 
 
-def test_what_only_outliers_and_class_token_know_comes_back(telling: type[Telling], photos: Path) -> None:
-    outcome = tokens.run(telling(outliers=True), TokensOptions(data=photos), photos)
+def test_what_only_outliers_and_class_token_know_comes_back(
+    telling: type[Telling], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "STRENGTHS", STRENGTHS[20:30:3])
+    outcome = tokens.run(telling(outliers=True), TokensOptions(data=photos, draws=2), photos)
     found = {name: metric.value for name, metric in outcome.metrics.items()}
     assert found["cls_top1"] == found["outlier_top1"] == found["outlier_images"] == 1
     assert abs(found["normal_top1"] - 1 / CLASSES) < 0.2
@@ -86,7 +90,10 @@ def test_what_only_outliers_and_class_token_know_comes_back(telling: type[Tellin
     assert "120 of 120 to train on, 60 of 60 to judge by" in outcome.notes[-1]
 
 
-def test_without_outliers_there_are_two_rows(telling: type[Telling], photos: Path) -> None:
+def test_without_outliers_there_are_two_rows(
+    telling: type[Telling], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "STRENGTHS", STRENGTHS[20:30:3])
     outcome = tokens.run(telling(outliers=False), TokensOptions(data=photos), photos)
     assert set(outcome.metrics) == {"cls_top1", "normal_top1", "outlier_images"}
     assert outcome.metrics["outlier_images"].value == 0
@@ -105,10 +112,71 @@ def test_tokens_are_those_of_the_model(model: VisionTransformer, photos: Path) -
     outliers = norms > cutoff
     assert torch.equal(found.has_outlier, outliers.any(dim=1))
     assert 0 < int(found.there.sum()) < len(examples)
-    torch.testing.assert_close(found.kinds["cls"], normed.cls)
+    torch.testing.assert_close(found.kinds["cls"][0], normed.cls)
+    assert (len(found.kinds["cls"]), len(found.kinds["normal"])) == (1, 3)
     for kind, among in (("outlier", outliers), ("normal", ~outliers)):
-        same = (found.kinds[kind][:, None] - normed.patches).abs().amax(dim=-1) < 1e-5
-        assert torch.equal((same & among).any(dim=1), among.any(dim=1))
+        for drawn in found.kinds[kind]:
+            same = (drawn[:, None] - normed.patches).abs().amax(dim=-1) < 1e-5
+            assert torch.equal((same & among).any(dim=1), among.any(dim=1))
+
+
+def test_draws_differ_and_come_back_with_the_seed(model: VisionTransformer, photos: Path) -> None:
+    examples = tokens.open_splits(None, photos).val
+
+    def drawn(**options: int) -> Tensor:
+        found = tokens.collect(model, examples, TokensOptions(batch_size=7, **options), None, 0)
+        return found.kinds["normal"]
+
+    first = drawn(draws=2)
+    assert torch.equal(drawn(draws=3)[:2], first)
+    for other in (first[1:], drawn(draws=1, seed=1)):
+        kept = (other[0] == first[0]).all(dim=1).double().mean()
+        assert kept < 0.3  # by chance 1 of 16 patches
+
+
+def test_registers_have_rows_of_their_own(photos: Path) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(image_size=32, patch_size=8, embed_dim=WIDTH, depth=1, num_heads=3, registers=2)
+    model = VisionTransformer(config).eval()
+    examples = tokens.open_splits(None, photos).val
+    found = tokens.collect(model, examples, TokensOptions(batch_size=7), None, 0)
+    images = torch.stack([model.preprocess(examples.read(index)) for index in range(len(examples))])
+    with torch.no_grad():
+        registers = model(images).registers
+    assert list(found.kinds) == ["cls", "register_0", "register_1", "normal"]
+    for index in range(2):
+        torch.testing.assert_close(found.kinds[f"register_{index}"][0], registers[:, index])
+
+
+def test_several_draws_give_the_mean_and_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "STRENGTHS", STRENGTHS[20:30:3])
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    signal = torch.nn.functional.one_hot(labels, 6).double()
+    noise = torch.randn(2, 60, 6, generator=generator).double()
+    there, none = torch.ones(60, dtype=torch.bool), torch.zeros(60, dtype=torch.bool)
+
+    def of(draws: Tensor) -> tokens.Metric:
+        both = tokens.Tokens({"normal": draws}, there, none, labels)
+        return tokens.judge(both, both, "normal", TokensOptions(), 3)[1]
+
+    both = of(torch.stack([signal, noise[1]]))
+    each = [of(one[None]) for one in (signal, noise[1])]
+    assert each[0].value == 1 > each[1].value
+    assert both.value == pytest.approx((each[0].value + each[1].value) / 2)
+    assert both.note == f"mean of 2 draws: 1.0000, {each[1].value:.4f}"
+    assert each[0].note == ""
+
+
+def test_mean_average_precision_is_averaged_over_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(40, 3, generator=generator).double() for _ in range(2)]
+    truth = (torch.rand(40, 3, generator=generator) < 0.4).long()
+    name, metric = tokens.average(scores, truth, 0)
+    theirs = [average_precision_score(truth.numpy(), one.numpy(), average="macro") for one in scores]
+    assert name == "map"
+    assert metric.value == pytest.approx(np.mean(theirs))
+    assert metric.ci95[0] < metric.value < metric.ci95[1]
 
 
 def test_every_patch_is_drawn_as_often() -> None:
@@ -123,7 +191,7 @@ def test_the_score_is_that_of_scikit_learn() -> None:
     labels = torch.arange(90) % 3
     features = torch.nn.functional.one_hot(labels, 6) + torch.randn(90, 6, generator=generator)
     there, none = torch.ones(90, dtype=torch.bool), torch.zeros(90, dtype=torch.bool)
-    both = tokens.Tokens({"cls": features}, there, none, labels)
+    both = tokens.Tokens({"cls": features[None]}, there, none, labels)
     name, metric = tokens.judge(both, both, "cls", TokensOptions(), 3)
     rest, held = hold_out(90, 0.1, 0)
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 from vitreg_core.errors import InputError
 
 from vitreg_eval.config.base import AUTO, TaskOptions
 
 
 class TokensOptions(TaskOptions):
-    """Logistic regression on one token per image: class token, a random normal patch, a random outlier (Table 1)."""
+    """Logistic regression on one token per image: class token, each register, a random patch or outlier (Table 1)."""
 
     dataset: str | None = None
     """Name of a data set with classes (vitreg-eval list), or hub:ORG/NAME; class folders if not given."""
@@ -20,6 +20,8 @@ class TokensOptions(TaskOptions):
     found by the rule of the doctor on some training images if not given."""
     calibration_images: int = Field(default=512, ge=16)
     """Training images, evenly spread, on which the cutoff is found."""
+    draws: PositiveInt = 3
+    """How often the normal patch and the outlier of every image are drawn; scores are means over the draws."""
 
     def needs(self) -> list[str]:
         """As for every task."""

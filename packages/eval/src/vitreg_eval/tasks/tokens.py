@@ -1,7 +1,8 @@
 """What single tokens know of the image: logistic regression on one token per image (Darcet et al. 2024, table 1).
 
-Every image stands for itself by its class token, by one of its normal patches and by one of its outliers, both drawn at
-random. Images without an outlier are left out of all three, so that the rows compare the same images.
+Every image stands for itself by its class token, by each of its registers, by one of its normal patches and by one of
+its outliers. The patches are drawn at random, several times with seeds of their own. Images without an outlier are left
+out of all rows, so that the rows compare the same images.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -25,9 +27,9 @@ from vitreg_eval.datasets.labelled import open_splits
 from vitreg_eval.extract import progress
 from vitreg_eval.labelled_features import hold_out
 from vitreg_eval.logistic import STRENGTHS, Problem, fit_path
-from vitreg_eval.metrics import Metric, measure
+from vitreg_eval.metrics import Metric, Statistic, measure
 from vitreg_eval.results import DataRecord, Outcome
-from vitreg_eval.scoring import score, score_alone
+from vitreg_eval.scoring import mean_average_precision, pairs, right, score_alone
 
 HELD_OUT = 0.1
 """Part of the training images that the strength is chosen on, as DINOv2 does."""
@@ -39,8 +41,9 @@ FEWEST = 10
 class Tokens:
     """One token of each kind for every image, after the final norm; rows without one hold zeros."""
 
-    kinds: dict[str, Float[Tensor, "n d"]]
-    """`cls` (if the model has one), `normal`, and `outlier` (if there is a cutoff)."""
+    kinds: dict[str, Float[Tensor, "draws n d"]]
+    """`cls` and `register_0`, `register_1`, ... (those that the model has), a single draw each; `normal`, and `outlier`
+    (if there is a cutoff), drawn several times."""
     there: Bool[Tensor, " n"]
     """Images that have every kind."""
     has_outlier: Bool[Tensor, " n"]
@@ -50,6 +53,8 @@ class Tokens:
 
 def run(backbone: Backbone, options: TokensOptions, out: Path) -> Outcome:  # noqa: ARG001 (draws nothing)
     """Accuracy `<kind>_top1`, or `<kind>_map` where images show several classes, and `outlier_images`.
+
+    Kinds: `cls`, `normal`, `outlier`, `register_0`, `register_1`, ..., as far as there are such tokens.
 
     Raises:
         InputError: no labelled images, splits that share one, or too few images with outliers.
@@ -121,22 +126,35 @@ def collect(
     backbone: Backbone, examples: Examples, options: TokensOptions, cutoff: float | None, stream: int
 ) -> Tokens:
     """One token of each kind for every image."""
-    generator = torch.Generator().manual_seed(2 * options.seed + stream)
-    kinds: dict[str, list[Tensor]] = {"cls": [], "normal": [], "outlier": []}
+    generators = [seeded(options.seed, stream, number) for number in range(options.draws)]
+    parts: dict[str, list[Tensor]] = {}
     has_normal, has_outlier = [], []
     for features, norms in passes(backbone, examples, options):
         outliers = norms > (float("inf") if cutoff is None else cutoff)
-        kinds["normal"].append(draw(features.patches, ~outliers, generator))
-        kinds["outlier"].append(draw(features.patches, outliers, generator))
+        for kind, tokens in fixed(features).items():
+            parts.setdefault(kind, []).append(tokens[None])
+        for kind, among in (("normal", ~outliers), ("outlier", outliers)):
+            drawn = [draw(features.patches, among, generator) for generator in generators]
+            parts.setdefault(kind, []).append(torch.stack(drawn))
         has_normal.append((~outliers).any(dim=1))
         has_outlier.append(outliers.any(dim=1))
-        if features.cls is not None:
-            kinds["cls"].append(features.cls)
     if cutoff is None:
-        del kinds["outlier"]
-    found = {kind: torch.cat(parts) for kind, parts in kinds.items() if parts}
+        parts.pop("outlier", None)
     there = torch.cat(has_normal) & (torch.cat(has_outlier) | (cutoff is None))
-    return Tokens(found, there, torch.cat(has_outlier), torch.as_tensor(examples.labels))
+    kinds = {kind: torch.cat(batches, dim=1) for kind, batches in parts.items()}
+    return Tokens(kinds, there, torch.cat(has_outlier), torch.as_tensor(examples.labels))
+
+
+def seeded(seed: int, stream: int, number: int) -> torch.Generator:
+    """The generator of one draw; no two draws, splits or seeds share one."""
+    state = np.random.SeedSequence([seed, stream, number]).generate_state(1)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+def fixed(features: Features) -> dict[str, Float[Tensor, "b d"]]:
+    """The tokens that every image has one of, by kind."""
+    cls = {} if features.cls is None else {"cls": features.cls}
+    return cls | {f"register_{index}": token for index, token in enumerate(features.registers.unbind(dim=1))}
 
 
 def draw(
@@ -166,11 +184,45 @@ def check(train: Tokens, val: Tokens, cutoff: float | None) -> None:
 
 
 def judge(train: Tokens, val: Tokens, kind: str, options: TokensOptions, classes: int) -> tuple[str, Metric]:
-    """Name and value of the score of one kind of token; its strength is chosen on a held-out part of train."""
-    features, labels = train.kinds[kind][train.there], train.labels[train.there]
+    """Name and value of the score of one kind of token, mean over its draws."""
+    truth = val.labels[val.there]
+    drawn = zip(train.kinds[kind], val.kinds[kind], strict=True)
+    scores = [
+        classify(features[train.there], train.labels[train.there], others[val.there], options, classes)
+        for features, others in drawn
+    ]
+    name, metric = average(scores, truth, options.seed)
+    if len(scores) > 1:
+        each = ", ".join(f"{score_alone(one, truth):.4f}" for one in scores)
+        metric = metric.model_copy(update={"note": f"mean of {len(scores)} draws: {each}"})
+    return f"{kind}_{name}", metric
+
+
+def classify(
+    features: Float[Tensor, "n d"],
+    labels: Tensor,
+    others: Float[Tensor, "m d"],
+    options: TokensOptions,
+    classes: int,
+) -> Float[Tensor, "m classes"]:
+    """Scores of other images by a regression whose strength is chosen on a held-out part of the training images."""
     rest, held = hold_out(len(labels), HELD_OUT, options.seed)
-    tried = fit_path(Problem(features[rest], labels[rest], classes))
+    tried = fit_path(Problem(features[rest], labels[rest], classes), STRENGTHS)
     best = max(tried, key=lambda one: score_alone(one.scores(features[held]), labels[held]))
     *_, whole = fit_path(Problem(features, labels, classes), [c for c in STRENGTHS if c <= best.strength])
-    name, metric = score(whole.scores(val.kinds[kind][val.there]), val.labels[val.there], options.seed)
-    return f"{kind}_{name}", metric
+    return whole.scores(others)
+
+
+def average(scores: list[Float[Tensor, "m classes"]], truth: Tensor, seed: int) -> tuple[str, Metric]:
+    """The measure of `scoring.score`, mean over several draws on the same images."""
+    if truth.ndim == 1:
+        return "top1", measure(
+            torch.stack([right(one, truth) for one in scores], dim=1).double().mean(dim=1), seed=seed
+        )
+    values = torch.stack([pairs(one, truth) for one in scores], dim=1)
+    return "map", measure(values, over_draws(mean_average_precision), seed=seed)
+
+
+def over_draws(statistic: Statistic) -> Statistic:
+    """The mean of a statistic over draws, the second dimension of the values."""
+    return lambda values, counts: torch.stack([statistic(one, counts) for one in values.unbind(dim=1)]).mean(dim=0)
