@@ -42,6 +42,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Step:
+    """Something to do, and how."""
+
+    text: str
+    command: str = ""
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading with text, and whatever belongs to it."""
 
@@ -50,6 +58,7 @@ class Section:
     table: Table | None = None
     figures: list[Picture] = field(default_factory=list)
     settings: str = ""
+    steps: list[Step] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from vitreg_eval.analyses.pca import pca_maps
 from vitreg_eval.config import LostOptions
 from vitreg_eval.datasets import ImageSet
 from vitreg_eval.datasets.photos import Photo
+from vitreg_eval.diagnosis import diagnose
+from vitreg_eval.exam import picture_of
 from vitreg_eval.report import Picture, Section, picture
-from vitreg_eval.tasks import doctor, lost, norms
+from vitreg_eval.tasks import lost, norms
 
 SHOWN = 8
 
@@ -45,7 +47,7 @@ class Exhibit:
     @property
     def pictures(self) -> list[np.ndarray]:
         """The images as they are drawn."""
-        return [doctor.picture(self.first, image) for image in self.images]
+        return [picture_of(self.first, image) for image in self.images]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,7 +77,7 @@ def show(shown: Exhibit) -> list[Section]:
 def norm_section(shown: Exhibit) -> Section:
     """Norms per block, per kind of token, and as maps."""
     patches = {name: measured.patches for name, measured in shown.norms.items()}
-    found = {name: doctor.diagnose(values) for name, values in patches.items()}
+    found = {name: diagnose(values) for name, values in patches.items()}
     short = ["artifacts" if diagnosis.last.found else "no outlier mode" for diagnosis in found.values()]
     figures = [
         picture(

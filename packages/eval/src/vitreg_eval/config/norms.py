@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from vitreg_core.errors import InputError
 
 from vitreg_eval.config.base import AUTO, TaskOptions
@@ -26,7 +26,13 @@ class NormsOptions(TaskOptions):
 
 
 class DoctorOptions(NormsOptions):
-    """Does this backbone have high-norm outlier tokens, how many, and from which block on? With pictures."""
+    """Does this backbone have high-norm outlier tokens, where, since when, at what cost, what helps? One page."""
+
+    compare: str | None = None
+    """SOURCE of a second model, shown beside the first on the same images and colour scales."""
+    cutoff: PositiveFloat | None = None
+    """A norm of your own above which a token counts, such as the paper's 150; shown beside the rule's, never in its
+    place."""
 
     def needs(self) -> list[str]:
         """As for every task."""

@@ -1,137 +1,106 @@
-"""The doctor: does a backbone have outlier tokens, how many, from which block on, and what they look like."""
+"""The doctor: does a backbone have artifacts, where, since which block, what do they cost, what helps? One page."""
 
-from dataclasses import asdict, dataclass
+import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float
-from torch import Tensor
-from vitreg_core.features import Backbone
-from vitreg_core.outliers import Outliers, emergence_block, find_outliers
+from vitreg_core.errors import InputError
 
-from vitreg_eval.analyses.attention import prefix_maps
-from vitreg_eval.analyses.norms import plot_norm_histogram, plot_norm_maps, plot_norms_per_block, worst_images
-from vitreg_eval.analyses.panels import image_rows
+from vitreg_eval import doctor_page, report
 from vitreg_eval.config import DoctorOptions
-from vitreg_eval.datasets import ImageSet
-from vitreg_eval.metrics import Metric, measure
-from vitreg_eval.results import Outcome, write_json
-from vitreg_eval.tasks.norms import open_images, token_norms
+from vitreg_eval.datasets import TolerantSet, scenes, tolerant_folder
+from vitreg_eval.diagnosis import block_record, outlier_metrics
+from vitreg_eval.exam import ANALYSES, Exam, sample_size
+from vitreg_eval.measuring import device
+from vitreg_eval.metrics import Metric
+from vitreg_eval.models import Model, open_model
+from vitreg_eval.plain import plain
+from vitreg_eval.results import Outcome, is_main_process, settings, write_json
+from vitreg_eval.survey import survey
 
-PICTURES = 6
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """Outliers after every block."""
-
-    norms: Float[Tensor, "depth b p"]
-    blocks: list[Outliers]
-
-    @property
-    def last(self) -> Outliers:
-        """Outliers after the last block."""
-        return self.blocks[-1]
-
-    @property
-    def emergence(self) -> int | None:
-        """First block with outliers that the next block has too; None where there is none."""
-        return emergence_block([block.found for block in self.blocks])
-
-    @property
-    def verdict(self) -> str:
-        """One sentence for the reader."""
-        if not self.last.found:
-            return f"no outlier mode in the norms of {self.norms[0].numel()} patch tokens after the last block"
-        since = "in the last block only" if self.emergence is None else f"first seen in block {self.emergence}"
-        return (
-            f"artifacts: {self.last.fraction:.2%} of the patch tokens, in {self.last.image_fraction:.1%} of images, "
-            f"have norms above {self.last.cutoff:.4g} (median {self.last.median_norm:.4g}), {since} "
-            f"of {len(self.blocks)} blocks"
-        )
+PAGE = "doctor.html"
+SURVEY = "survey"
+"""Folder for records where there is no cache; it goes when the page is there."""
 
 
-def run(backbone: Backbone, options: DoctorOptions, out: Path) -> Outcome:
-    """Outliers by the threshold-free rule after each block; writes blocks.json and pictures.
+def run(backbone: Model, options: DoctorOptions, out: Path) -> Outcome:
+    """Examine a model, and the ones that it is compared with; writes doctor.html and findings.json.
 
     Metrics: `outlier_fraction` of the patch tokens and `outlier_images` (share with at least one) after the last
-    block, `median_norm`, `max_norm`, and, where there is an outlier mode, `cutoff` and `emergence_block`.
+    block, `median_norm`, `max_norm`, where there is an outlier mode `cutoff` and `emergence_block`; of the probes,
+    where they could be fitted, `position_top1_<kind>`, `position_distance_<kind>`, `reconstruction_<kind>`; all of the
+    first model.
+
+    Raises:
+        InputError: no images, or none that can be read; a model to compare with that cannot be opened.
     """
-    image_set = open_images(backbone, options)
-    found = diagnose(token_norms(backbone, image_set, options).patches)
-    write_json(out / "blocks.json", [block_record(index, block) for index, block in enumerate(found.blocks)])
-    draw(backbone, image_set, found, out)
-    notes = [
-        found.verdict,
-        f"norms.png, histogram.png, images.png, attention.png and blocks.json (with simpler statistics) are in {out}",
-    ]
-    if found.last.found:
-        notes.append(
-            "what to do: pretrain with registers (--model.registers 4), or keep the outliers off the patches "
-            "with vitreg_core.test_time, given the neurons that write them"
-        )
-    return Outcome(evaluate(found, options.seed), image_set.data, notes)
+    models = {name_of(backbone): backbone} | others(options)
+    found = {name: survey(model, open_images(model, options), options, out / SURVEY) for name, model in models.items()}
+    if not is_main_process():  # the other processes have read their share of the images
+        return Outcome({}, found[name_of(backbone)].images.images.data)
+    count = min(sample_size(models[name], one) for name, one in found.items())
+    exams = [Exam(name, models[name], one, options, count) for name, one in found.items()]
+    for exam in exams:
+        exam.gather()
+    metrics = [outlier_metrics(exam.diagnosis, options.seed) | probe_metrics(exam) for exam in exams]
+    write_json(out / "findings.json", {one.name: findings(one, own) for one, own in zip(exams, metrics, strict=True)})
+    made = doctor_page.page(exams, metrics, options, settings(options))
+    report.write_page(made, out / PAGE)
+    shutil.rmtree(out / SURVEY, ignore_errors=True)
+    notes = [*made.lead, doctor_page.images_line(exams[0])]
+    notes += [f"{name}: left out: {why}" for name, why in (exams[0].survey.missing | exams[0].missing).items()]
+    notes.append(f"the page is {out / PAGE}, every number in {out / 'findings.json'}")
+    return Outcome(metrics[0], found[exams[0].name].images.images.data, notes)
 
 
-def diagnose(norms: Float[Tensor, "depth b p"]) -> Diagnosis:
-    """Apply the rule after every block."""
-    return Diagnosis(norms, [find_outliers(block) for block in norms])
+def name_of(model: Model) -> str:
+    """What a reader calls a model: the last part of where it comes from."""
+    return Path(model.source).name or model.source
 
 
-def evaluate(found: Diagnosis, seed: int) -> dict[str, Metric]:
-    """The numbers of a diagnosis; those that need an outlier mode are left out where there is none."""
-    images = found.norms.shape[1]
-    metrics = {
-        "outlier_fraction": measure(found.last.mask.double().mean(dim=1), seed=seed),
-        "outlier_images": measure(found.last.mask.any(dim=1), seed=seed),
-        "median_norm": Metric(value=found.last.median_norm, n=images),
-        "max_norm": Metric(value=found.last.max_norm, n=images),
+def others(options: DoctorOptions) -> dict[str, Model]:
+    """The models to compare with, by name.
+
+    Raises:
+        InputError: one cannot be opened, or is the first one.
+    """
+    if options.compare is None:
+        return {}
+    model = open_model(options.compare).to(device(options))
+    if name_of(model) in (Path(source).name for source in options.model):
+        raise InputError(f"--compare {options.compare}: the same name as --model; give another model")
+    return {name_of(model): model}
+
+
+def open_images(model: Model, options: DoctorOptions) -> TolerantSet:
+    """The photos of the options, or drawn scenes."""
+    if options.images is None:
+        return TolerantSet(scenes(model.preprocess, options.test_images, options.seed, "test"), [])
+    return tolerant_folder(model.preprocess, options.images, options.limit, options.batch_size)
+
+
+def probe_metrics(exam: Exam) -> dict[str, Metric]:
+    """Numbers of the probes for result.json."""
+    by_kind = {}
+    if exam.position_probe is not None:
+        by_kind = {"position_top1": exam.position_probe.top1, "position_distance": exam.position_probe.distance}
+    if exam.linear is not None:
+        by_kind["reconstruction"] = exam.linear.error
+    pairs = ((f"{name}_{kind}", getattr(one, kind)) for name, one in by_kind.items() for kind in ("normal", "outlier"))
+    return {name: mean.metric for name, mean in pairs if mean is not None}
+
+
+def findings(exam: Exam, metrics: dict[str, Metric]) -> dict[str, Any]:
+    """Every number of an exam, as plain values."""
+    return {
+        "source": exam.model.source,
+        "verdict": exam.diagnosis.verdict,
+        "metrics": plain(metrics),
+        "emergence_block": exam.diagnosis.emergence,
+        "blocks": [block_record(index, block) for index, block in enumerate(exam.diagnosis.blocks)],
+        "outlier_share_per_image": plain(exam.diagnosis.share),
+        "images": len(exam.survey),
+        "unreadable": exam.survey.unreadable,
+        "evidence": {name: plain(getattr(exam, name)) for name in ANALYSES},
+        "left_out": exam.survey.missing | exam.missing,
     }
-    if found.last.cutoff is not None:
-        metrics["cutoff"] = Metric(value=found.last.cutoff, n=images)
-    if found.emergence is not None:
-        metrics["emergence_block"] = Metric(value=found.emergence, n=images)
-    return metrics
-
-
-def block_record(index: int, block: Outliers) -> dict[str, object]:
-    """One block for blocks.json."""
-    names = ("found", "rule", "cutoff", "fraction", "image_fraction", "median_norm", "max_norm", "ratio", "separation")
-    return {"block": index} | {name: getattr(block, name) for name in names} | {"evidence": asdict(block.evidence)}
-
-
-def draw(backbone: Backbone, image_set: ImageSet, found: Diagnosis, out: Path) -> None:
-    """Norms of every block, the histogram of the last, and images with their norm and attention maps."""
-    plot_norms_per_block({"patch tokens": found.norms}).savefig(out / "norms.png")
-    plot_norm_histogram(found.norms[-1], found.last, "after the last block").savefig(out / "histogram.png")
-    chosen = worst_images(found.last.mask, found.norms[-1], PICTURES)
-    images = pick(image_set, chosen)
-    rows, cols = (side // backbone.patch_size for side in images.shape[-2:])
-    maps = rearrange(found.norms[:, chosen], "depth b (rows cols) -> depth b rows cols", rows=rows, cols=cols)
-    before = max((len(maps) - 1 if found.emergence is None else found.emergence) - 1, 0)
-    names = (f"norms, block {before}", f"norms, block {len(maps) - 1}")
-    pictures = [picture(backbone, image) for image in images]
-    plot_norm_maps(pictures, maps[before], maps[-1], names).savefig(out / "images.png")
-    with torch.no_grad():
-        attention = backbone.attention(images.to(backbone.device), -1).float().cpu()
-    looks = prefix_maps(attention, backbone.num_prefix_tokens, (rows, cols))[:, 0]
-    image_rows(pictures, {"cls attention": list(looks.numpy())}).savefig(out / "attention.png")
-
-
-def pick(image_set: ImageSet, chosen: list[int]) -> Float[Tensor, "b 3 height width"]:
-    """Some images of a set, read again."""
-    start, kept = 0, {}
-    for batch in image_set.batches():
-        for index in set(chosen) & set(range(start, start + len(batch.images))):
-            kept[index] = batch.images[index - start]
-        start += len(batch.images)
-        if len(kept) == len(set(chosen)):
-            break
-    return torch.stack([kept[index] for index in chosen])
-
-
-def picture(backbone: Backbone, image: Float[Tensor, "3 height width"]) -> Float[np.ndarray, "height width 3"]:
-    """Pixels in 0 to 1 of a normalised image."""
-    return backbone.preprocess.denormalize(image).permute(1, 2, 0).numpy()
