@@ -118,6 +118,8 @@ def evaluations(options: RunConfig) -> Mapping[str, "Evaluation"]:
         )
     relation = isinstance(options, TrainConfig) and options.data.label == "relation"
     found = evaluations(folder, "relation" if relation else "label", options.precision)
+    if options.signal == "distill":
+        return {"knn": found["knn"]}  # its head may name other classes
     if options.signal != "contrast":
         return found
     knn = found["knn"]  # its head names no classes
@@ -136,7 +138,11 @@ def print_next(options: RunConfig) -> None:
     folder = Path(options.data.path)
     folder = folder / "train" if (folder / "train").is_dir() else folder
     try:
-        photo = None if options.data.path == SCENES else next(filter(readable, labelled_images(folder).paths), None)
+        photo = (
+            None
+            if options.data.path == SCENES or options.signal != "classify"
+            else next(filter(readable, labelled_images(folder).paths), None)
+        )
     except InputError:  # shards, tars or a data set of the hub: no file to name
         photo = None
     if photo is not None:

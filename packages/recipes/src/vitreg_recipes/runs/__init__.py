@@ -11,7 +11,7 @@ from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import RunConfig
 from vitreg_recipes.dinov2.config import DinoConfig
-from vitreg_recipes.runs import deit3, dinov2, openclip, registers
+from vitreg_recipes.runs import deit3, dinov2, distill, openclip, registers
 
 
 class Notes(NamedTuple):
@@ -36,7 +36,7 @@ def runs_of(module: ModuleType) -> Iterator[tuple[str, Callable[[], RunConfig]]]
 
 
 RUNS: dict[str, Callable[[], RunConfig]] = {
-    name: run for module in (deit3, dinov2, openclip, registers) for name, run in runs_of(module)
+    name: run for module in (deit3, dinov2, openclip, distill, registers) for name, run in runs_of(module)
 }
 
 

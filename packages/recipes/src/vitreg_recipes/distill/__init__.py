@@ -1,0 +1,1 @@
+"""Self-distilled registers: what runs of signals/distill.py are made of."""
