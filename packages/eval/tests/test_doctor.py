@@ -20,6 +20,7 @@ from vitreg_core.weights import save_model
 from vitreg_eval.cli import main
 from vitreg_eval.config import DoctorOptions
 from vitreg_eval.models import Model
+from vitreg_eval.remedies import open_images
 from vitreg_eval.results import Outcome
 from vitreg_eval.tasks import doctor
 
@@ -215,3 +216,78 @@ def test_images_wider_than_high_are_surveyed(tmp_path: Path) -> None:
     outcome, found = examine(model, tmp_path)
     assert outcome.data.n == 20
     assert found["blocks"]
+
+
+def test_test_time_registers_are_shown_before_and_after(
+    planted: tuple[VisionTransformer, list], tmp_path: Path
+) -> None:
+    options = DoctorOptions(test_images=64, remedy="test-time")
+    outcome = doctor.run(planted[0], options, tmp_path)
+    found = json.loads((tmp_path / "findings.json").read_text())
+    assert found["before"]["metrics"]["outlier_fraction"]["value"] > 0.005
+    assert found["after"]["metrics"]["outlier_fraction"]["value"] == 0
+    assert found["effects"]["time_ratio"] > 0
+    assert "500 other images" in found["effects"]["remedy"]
+    shown = found["before"]["metrics"]["outlier_fraction"]["value"]
+    assert outcome.metrics["outlier_fraction"].value == pytest.approx(shown, rel=1e-5)
+    assert "Before and after" in (tmp_path / "doctor.html").read_text()
+
+
+def test_a_clean_model_is_left_as_it_is(tmp_path: Path) -> None:
+    outcome = doctor.run(clean(), DoctorOptions(test_images=20, remedy="test-time"), tmp_path)
+    assert list(json.loads((tmp_path / "findings.json").read_text())) == ["vit_ti8"]
+    assert any("nothing was changed" in note for note in outcome.notes)
+
+
+def test_averaging_over_shifts_is_shown_before_and_after(tmp_path: Path) -> None:
+    doctor.run(clean(), DoctorOptions(test_images=20, remedy="denoise"), tmp_path)
+    found = json.loads((tmp_path / "findings.json").read_text())
+    assert found["effects"]["time_ratio"] > 3
+    assert "see the model before" in found["after"]["left_out"]["massive activations"]
+    before, after = (found[name]["evidence"]["output_neighbours"]["normal_median"] for name in ("before", "after"))
+    assert before != after
+
+
+def test_calibration_and_report_share_no_photo(tmp_path: Path) -> None:
+    folder = photos(tmp_path / "photos", 7)
+    options = DoctorOptions(images=folder, remedy="test-time")
+    halves = [set(open_images(clean(), options, part).names) for part in ("calibration", "report")]
+    assert not halves[0] & halves[1]
+    assert halves[0] | halves[1] == {f"{index}.png" for index in range(7)}
+
+
+def test_tasks_are_run_on_both_models_and_compared_in_pairs(
+    planted: tuple[VisionTransformer, list], tmp_path: Path
+) -> None:
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for label in ("a", "b"):
+            (tmp_path / "classes" / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = numbers.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "classes" / split / label / f"{index}.png")
+    options = DoctorOptions(
+        test_images=20, remedy="test-time", knn=tmp_path / "classes", classify=tmp_path / "classes" / "val"
+    )
+    doctor.run(planted[0], options, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "findings.json").read_text())["effects"]
+    assert [one["first"]["task"] for one in found["tasks"]] == ["knn"]
+    assert found["tasks"][0]["differences"][0]["method"] == "paired"
+    assert "classify" in found["missing"]  # the model has no head
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--remedy denoise --after x", "one second model is shown"),
+        ("--knn x", "before and after what"),
+        ("--remedy magic", "remedy"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--model", "vit_ti8", *options.split()])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

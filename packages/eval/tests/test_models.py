@@ -154,7 +154,7 @@ def test_tasks_measure_a_foreign_model(timm_folder: Path, tmp_path: Path) -> Non
 
 WRONG = {
     "registers": ("norms --registers 0,1 --test_images 8", "runs in the class of its own library; leave it out"),
-    "head": ("classify --data {photos}", "runs in the class of its own library, whose head is not read"),
+    "head": ("classify --data {photos}", "only heads of vitreg's own models are read"),
 }
 
 

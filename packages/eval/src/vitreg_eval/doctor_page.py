@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from textwrap import fill
 from typing import TypeVar
 
@@ -27,10 +28,11 @@ from vitreg_eval.analyses.reconstruction import plot_reconstruction
 from vitreg_eval.analyses.register_similarity import plot_similarity
 from vitreg_eval.analyses.replacement import plot_replacement
 from vitreg_eval.config import DoctorOptions
+from vitreg_eval.effects import Effects
 from vitreg_eval.exam import Exam
 from vitreg_eval.metrics import Metric
 from vitreg_eval.report import Cell, Page, Picture, Section, Table, comparison, picture, settings_section
-from vitreg_eval.results import number
+from vitreg_eval.results import Result, number
 
 SHOWN = 6
 """Images of the sample that are shown: from most to fewest outliers of the first model, evenly spread."""
@@ -38,13 +40,20 @@ SHOWN_NEURONS = 10
 
 
 def page(
-    exams: Sequence[Exam], metrics: Sequence[dict[str, Metric]], options: DoctorOptions, settings: dict[str, object]
+    exams: Sequence[Exam],
+    metrics: Sequence[dict[str, Metric]],
+    changed: Effects | None,
+    told: str,
+    options: DoctorOptions,
+    settings: dict[str, object],
 ) -> Page:
     """The whole page; with several models, all share images and colour scales."""
     named = dict(zip((exam.name for exam in exams), metrics, strict=True))
     lead = [f"{exam.name}: {exam.diagnosis.verdict}." for exam in exams]
+    lead += [f"What was done: {told}."] if told else []
     sections = [
         Section("In numbers", [images_line(exams[0])], table=comparison(named, {})),
+        before_and_after(changed),
         where(exams),
         since_when(exams, options),
         who_writes(exams),
@@ -52,10 +61,10 @@ def page(
         which_images(exams),
         registers(exams),
         Section("What to do", steps=advise(exams[0])),
-        left_out(exams),
+        Section("Left out", left_out_lines(exams, changed)),
         settings_section(settings),
     ]
-    title = "Does it have artifacts? " + " and ".join(exam.name for exam in exams)
+    title = f"Does {Path(exams[0].model.source).name or exams[0].name} have artifacts?"
     return Page(title, lead, [section for section in sections if section != Section(section.title)])
 
 
@@ -227,7 +236,11 @@ def what_they_hold(exams: Sequence[Exam]) -> Section:
         lambda exam: given(exam.facets, plot_facet_norms),
         "norms of queries, keys and values in the last block, for normal patches and outliers.",
     )
-    return Section("What they hold", figures=figures)
+    text = [
+        "Outliers that keep to a few positions are named by their position alone, without a token that knows it: read "
+        "the bars beside the dotted lines, the best that a fixed answer does."
+    ]
+    return Section("What they hold", text * any(exam.position_probe is not None for exam in exams), figures=figures)
 
 
 def neighbours(exam: Exam) -> dict[str, NeighbourSimilarity]:
@@ -271,9 +284,35 @@ def registers(exams: Sequence[Exam]) -> Section:
     return Section("Class token and registers", figures=figures)
 
 
-def left_out(exams: Sequence[Exam]) -> Section:
+def before_and_after(changed: Effects | None) -> Section:
+    """What a remedy does to the numbers that count, and to the time."""
+    if changed is None:
+        return Section("")
+    rows = [
+        [
+            Cell(f"{one.first.task} {row.metric}", described(one.first, row.n)),
+            Cell(number(row.first)),
+            Cell(number(row.other)),
+            Cell(f"{row.difference:+.4g}", "" if row.ci95 is None else f"{row.ci95[0]:+.4g} to {row.ci95[1]:+.4g}"),
+            Cell(row.verdict),
+        ]
+        for one in changed.compared
+        for row in one.differences
+    ]
+    text = [f"A forward pass takes {changed.time_ratio:.3g} times as long, median of passes in turn."]
+    table = Table(["measure", "before", "after", "after - before, 95 % interval", ""], rows) if rows else None
+    return Section("Before and after", text, table)
+
+
+def described(one: Result, images: int) -> str:
+    """Data of a measure, and what LOST read."""
+    words = [one.data.name, *([one.settings["features"]] if one.task == "lost" else []), f"n={images}"]
+    return ", ".join(words)
+
+
+def left_out_lines(exams: Sequence[Exam], changed: Effects | None) -> list[str]:
     """What could not be looked at, and why."""
     lines = [
-        f"{exam.name}: {name}: {why}." for exam in exams for name, why in (exam.survey.missing | exam.missing).items()
+        f"{exam.name}: {name}: {why}" for exam in exams for name, why in (exam.survey.missing | exam.missing).items()
     ]
-    return Section("Left out", lines)
+    return lines + [f"{name}: {why}" for name, why in (changed.missing if changed else {}).items()]

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 from vitreg_core.capturing import capture
+from vitreg_core.denoise import Denoised
 from vitreg_core.errors import InputError
 from vitreg_core.outliers import mark_outliers
 from vitreg_core.precision import use_precision
@@ -194,6 +195,16 @@ class Exam:
         self.need("attention")
         return self.survey.pieces("attention")
 
+    def one_pass(self) -> Model:
+        """The model, of which one forward pass can be seen from inside.
+
+        Raises:
+            InputError: its features are averages of several.
+        """
+        if isinstance(self.model, Denoised):
+            raise InputError("averaged features have no inside of their own; see the model before")
+        return self.model
+
     def need(self, part: str) -> None:
         """Refuse what the model does not show.
 
@@ -279,7 +290,7 @@ class Exam:
     @analysis("massive activations")
     def massive(self) -> list[BlockActivations]:
         """The largest activations after every block."""
-        model, sums = self.model, MassiveActivations(self.model.depth, self.model.embed_dim)
+        model, sums = self.one_pass(), MassiveActivations(self.model.depth, self.model.embed_dim)
         at_once = min(16, self.options.batch_size)
         images, outliers = (part[:FEW].split(at_once) for part in (self.sample.images, self.sample.outliers))
         for batch, marked in zip(images, outliers, strict=True):
@@ -293,7 +304,7 @@ class Exam:
         """The hidden units that write the outliers."""
         if not self.diagnosis.last.found:
             raise no_outliers("neurons that write them")
-        return find_register_neurons(self.model, self.sample.images[:CALIBRATION])
+        return find_register_neurons(self.one_pass(), self.sample.images[:CALIBRATION])
 
     @analysis("register replacement")
     def replacement(self) -> ReplacementAudit:
@@ -301,7 +312,7 @@ class Exam:
         if not self.model.num_registers:
             raise InputError("no registers that could be replaced")
         calls = list(self.sample.images[:FEW].split(self.options.batch_size))
-        return audit_registers(self.model, lambda: calls, seed=self.options.seed)
+        return audit_registers(self.one_pass(), lambda: calls, seed=self.options.seed)
 
 
 ANALYSES = (

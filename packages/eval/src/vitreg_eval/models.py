@@ -9,6 +9,7 @@ from torch import nn
 from vitreg_core.backbones import as_backbone
 from vitreg_core.backbones.adapter import Adapter
 from vitreg_core.config import PreprocessConfig
+from vitreg_core.denoise import Denoised
 from vitreg_core.errors import InputError
 from vitreg_core.extras import require
 from vitreg_core.vit import VisionTransformer
@@ -18,8 +19,8 @@ from vitreg_core.weights.files import read_config, weights_file
 from vitreg_core.weights.sources import FETCHERS, locate
 from vitreg_core.weights.transformers import preprocess
 
-Model = VisionTransformer | Adapter
-"""Every `Backbone` that a source can give; both are modules, and `source` names where they come from."""
+Model = VisionTransformer | Adapter | Denoised
+"""Every `Backbone` that a source or a remedy can give; all are modules, and `source` names where they come from."""
 
 
 def open_model(source: str) -> Model:

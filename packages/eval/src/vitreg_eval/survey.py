@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from vitreg_core.capturing import capture, find_anatomy
+from vitreg_core.denoise import Denoised
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone, Features
 from vitreg_core.precision import Precision, use_precision
@@ -171,7 +172,9 @@ def images_at_once(backbone: Backbone, images: Float[Tensor, "b 3 height width"]
 def look_at(
     backbone: Backbone, parts: Sequence[str], images: Float[Tensor, "b 3 height width"]
 ) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """One forward pass, and the records of its images."""
+    """The records of a batch: one forward pass, or for averaged features as many as their views take."""
+    if isinstance(backbone, Denoised):
+        return look_at_averages(backbone, parts, images)
     inside = [*(["attention"] if "attention" in parts else []), *(FACETS if "facets" in parts else [])]
     with block_norms(backbone) as norms, ExitStack() as stack:
         seen = stack.enter_context(capture(backbone, -1, inside)) if inside else None
@@ -184,6 +187,27 @@ def look_at(
         rows["attention"] = attention_maps(seen.attention[-1].float(), backbone.num_prefix_tokens, features)
     if seen is not None and "facets" in parts:
         facets = torch.stack([getattr(seen, name)[-1] for name in FACETS], dim=1)[..., backbone.num_prefix_tokens :, :]
+        rows["facet_norms"] = torch.linalg.vector_norm(facets.float(), dim=-1)
+    return rows, features.grid
+
+
+def look_at_averages(
+    backbone: Denoised, parts: Sequence[str], images: Float[Tensor, "b 3 height width"]
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The same of a model whose features are averages, through what it shows."""
+    prefix = backbone.num_prefix_tokens
+    layers = backbone.intermediate(images, range(backbone.depth), norm=False)
+    features = backbone.features(images)
+    norms = torch.stack([torch.linalg.vector_norm(layer.tokens.float(), dim=-1) for layer in layers], dim=1)
+    rows = split_norms(norms, prefix)
+    rows["output_similarity"] = neighbour_similarity(features.patches.float(), features.grid)
+    if "embeddings" in parts:
+        rows["input_similarity"] = neighbour_similarity(backbone.embeddings(images).float(), features.grid)
+    if "attention" in parts:
+        rows["attention"] = attention_maps(backbone.attention(images, -1).float(), prefix, features)
+    if "facets" in parts:
+        found = backbone.qkv(images, -1)
+        facets = torch.stack([getattr(found, name) for name in FACETS], dim=1)[..., prefix:, :]
         rows["facet_norms"] = torch.linalg.vector_norm(facets.float(), dim=-1)
     return rows, features.grid
 
@@ -220,8 +244,3 @@ def attention_maps(
     if prefix:
         return prefix_maps(attention, prefix, features.grid)
     return attention.mean(dim=(1, 2))[:, None].unflatten(-1, features.grid)
-
-
-def outlier_share(mask: Bool[Tensor, "b p"]) -> Float[Tensor, " b"]:
-    """Share of the patches of each image that are outliers."""
-    return mask.double().mean(dim=1)

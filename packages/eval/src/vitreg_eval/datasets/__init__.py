@@ -128,13 +128,25 @@ class TolerantSet:
     """What a user knows each image by; empty for drawn ones."""
 
 
-def tolerant_folder(preprocess: Preprocess, folder: Path, limit: int | None, batch_size: int) -> TolerantSet:
+def tolerant_folder(
+    preprocess: Preprocess, folder: Path, limit: int | None, batch_size: int, *, half: int | None = None
+) -> TolerantSet:
     """All images below a folder, or `limit` of them, evenly spread; target: readable.
 
+    Args:
+        preprocess: how the model reads images.
+        folder: where they lie, at any depth.
+        limit: at most so many.
+        batch_size: images per batch.
+        half: 0 for the first of every two images, 1 for the second; all of them by default.
+
     Raises:
-        InputError: missing or empty folder.
+        InputError: missing or empty folder, or one image that cannot be halved.
     """
-    paths = spread(list_images(folder), limit)
+    found = list_images(folder)
+    if half is not None and len(found) < 2:
+        raise InputError(f"{folder}: 1 image, of which half are to be calibrated on; give more")
+    paths = spread(found if half is None else found[half::2], limit)
     size = preprocess.config.image_size
 
     def prepare(index: int) -> Tensor | None:

@@ -24,7 +24,7 @@ def run(backbone: Model, options: ClassifyOptions, out: Path) -> Outcome:  # noq
         InputError: the model has no head, or the folder more classes than it has outputs.
     """
     if not isinstance(backbone, VisionTransformer):
-        raise InputError(f"{backbone.source} runs in the class of its own library, whose head is not read; run linear")
+        raise InputError(f"{backbone.source}: only heads of vitreg's own models are read; run linear")
     image_set = labelled_folder(backbone.preprocess, data_folder(options.data), "", options.batch_size)
     logits, labels = [], []
     with use_precision(options.precision, backbone.device):

@@ -4,27 +4,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vitreg_core.errors import InputError
-
 from vitreg_eval import doctor_page, report
 from vitreg_eval.config import DoctorOptions
-from vitreg_eval.datasets import TolerantSet, scenes, tolerant_folder
 from vitreg_eval.diagnosis import block_record, outlier_metrics
+from vitreg_eval.effects import Effects, effects
 from vitreg_eval.exam import ANALYSES, Exam, sample_size
 from vitreg_eval.measuring import device
 from vitreg_eval.metrics import Metric
 from vitreg_eval.models import Model, open_model
 from vitreg_eval.plain import plain
+from vitreg_eval.remedies import Remedied, open_images, remedy
 from vitreg_eval.results import Outcome, is_main_process, settings, write_json
 from vitreg_eval.survey import survey
 
 PAGE = "doctor.html"
 SURVEY = "survey"
 """Folder for records where there is no cache; it goes when the page is there."""
+EFFECTS = "effects"
+"""Folder for the results of the tasks before and after a remedy."""
 
 
 def run(backbone: Model, options: DoctorOptions, out: Path) -> Outcome:
-    """Examine a model, and the ones that it is compared with; writes doctor.html and findings.json.
+    """Examine a model, and a second one if asked; writes doctor.html and findings.json.
 
     Metrics: `outlier_fraction` of the patch tokens and `outlier_images` (share with at least one) after the last
     block, `median_norm`, `max_norm`, where there is an outlier mode `cutoff` and `emergence_block`; of the probes,
@@ -32,51 +33,52 @@ def run(backbone: Model, options: DoctorOptions, out: Path) -> Outcome:
     first model.
 
     Raises:
-        InputError: no images, or none that can be read; a model to compare with that cannot be opened.
+        InputError: no images, or none that can be read; a second model that cannot be opened, or no remedy for it.
     """
-    models = {name_of(backbone): backbone} | others(options)
-    found = {name: survey(model, open_images(model, options), options, out / SURVEY) for name, model in models.items()}
+    second = open_second(backbone, options)
+    models = name_models(backbone, second.model, options)
+    part = "report" if options.remedy == "test-time" else "all"
+    found = {
+        name: survey(model, open_images(model, options, part), options, out / SURVEY) for name, model in models.items()
+    }
+    data = next(iter(found.values())).images.images.data
     if not is_main_process():  # the other processes have read their share of the images
-        return Outcome({}, found[name_of(backbone)].images.images.data)
+        return Outcome({}, data)
     count = min(sample_size(models[name], one) for name, one in found.items())
     exams = [Exam(name, models[name], one, options, count) for name, one in found.items()]
     for exam in exams:
         exam.gather()
+    mended = len(exams) > 1 and options.compare is None
+    changed = effects(exams[0], exams[1], options, out / EFFECTS) if mended else None
     metrics = [outlier_metrics(exam.diagnosis, options.seed) | probe_metrics(exam) for exam in exams]
-    write_json(out / "findings.json", {one.name: findings(one, own) for one, own in zip(exams, metrics, strict=True)})
-    made = doctor_page.page(exams, metrics, options, settings(options))
+    write_findings(exams, metrics, changed, second.told, out)
+    made = doctor_page.page(exams, metrics, changed, second.told, options, settings(options))
     report.write_page(made, out / PAGE)
     shutil.rmtree(out / SURVEY, ignore_errors=True)
-    notes = [*made.lead, doctor_page.images_line(exams[0])]
-    notes += [f"{name}: left out: {why}" for name, why in (exams[0].survey.missing | exams[0].missing).items()]
-    notes.append(f"the page is {out / PAGE}, every number in {out / 'findings.json'}")
-    return Outcome(metrics[0], found[exams[0].name].images.images.data, notes)
+    return Outcome(metrics[0], data, [*made.lead, *notes(exams, changed), *where(out)])
+
+
+def open_second(backbone: Model, options: DoctorOptions) -> Remedied:
+    """The model that is shown beside the first, and what is to be said of it; none if nothing was asked for."""
+    if options.remedy is not None:
+        return remedy(backbone, options)
+    source = options.compare or options.after
+    return Remedied(open_model(source).to(device(options)) if source else None, "")
+
+
+def name_models(first: Model, second: Model | None, options: DoctorOptions) -> dict[str, Model]:
+    """What a reader calls the models: by where they come from, or before and after."""
+    if second is None:
+        return {name_of(first): first}
+    if options.compare is None:
+        return {"before": first, "after": second}
+    names = [name_of(first), name_of(second)]
+    return dict(zip(names if names[0] != names[1] else ("first", "second"), (first, second), strict=True))
 
 
 def name_of(model: Model) -> str:
-    """What a reader calls a model: the last part of where it comes from."""
+    """The last part of where a model comes from."""
     return Path(model.source).name or model.source
-
-
-def others(options: DoctorOptions) -> dict[str, Model]:
-    """The models to compare with, by name.
-
-    Raises:
-        InputError: one cannot be opened, or is the first one.
-    """
-    if options.compare is None:
-        return {}
-    model = open_model(options.compare).to(device(options))
-    if name_of(model) in (Path(source).name for source in options.model):
-        raise InputError(f"--compare {options.compare}: the same name as --model; give another model")
-    return {name_of(model): model}
-
-
-def open_images(model: Model, options: DoctorOptions) -> TolerantSet:
-    """The photos of the options, or drawn scenes."""
-    if options.images is None:
-        return TolerantSet(scenes(model.preprocess, options.test_images, options.seed, "test"), [])
-    return tolerant_folder(model.preprocess, options.images, options.limit, options.batch_size)
 
 
 def probe_metrics(exam: Exam) -> dict[str, Metric]:
@@ -88,6 +90,35 @@ def probe_metrics(exam: Exam) -> dict[str, Metric]:
         by_kind["reconstruction"] = exam.linear.error
     pairs = ((f"{name}_{kind}", getattr(one, kind)) for name, one in by_kind.items() for kind in ("normal", "outlier"))
     return {name: mean.metric for name, mean in pairs if mean is not None}
+
+
+def notes(exams: list[Exam], changed: Effects | None) -> list[str]:
+    """What a terminal shows besides the numbers."""
+    lines = [doctor_page.images_line(exams[0])]
+    lines += [line for one in (changed.compared if changed else []) for line in one.text().splitlines()]
+    lines += [f"left out: {line}" for line in doctor_page.left_out_lines(exams, changed)]
+    return lines
+
+
+def where(out: Path) -> list[str]:
+    """Where the results are."""
+    return [f"the page is {out / PAGE}, every number in {out / 'findings.json'}"]
+
+
+def write_findings(
+    exams: list[Exam], metrics: list[dict[str, Metric]], changed: Effects | None, told: str, out: Path
+) -> None:
+    """Every number of every model, and of the remedy."""
+    found: dict[str, Any] = {one.name: findings(one, own) for one, own in zip(exams, metrics, strict=True)}
+    if changed is not None:
+        tasks = [one.record() for one in changed.compared]
+        found["effects"] = {
+            "remedy": told,
+            "time_ratio": changed.time_ratio,
+            "tasks": tasks,
+            "missing": changed.missing,
+        }
+    write_json(out / "findings.json", found)
 
 
 def findings(exam: Exam, metrics: dict[str, Metric]) -> dict[str, Any]:
