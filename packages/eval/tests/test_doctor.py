@@ -69,6 +69,7 @@ def test_what_was_planted_comes_back(planted: tuple[VisionTransformer, list], tm
     assert tuple(neurons[0]) in named
     assert found["evidence"]["output_neighbours"]["outlier_median"] is not None
     assert found["evidence"]["replacement"]["kinds"][0]["patches"]["n"] == 64
+    assert found["evidence"]["overlap"]["names"] == ["cls", "register 0", "register 1"]
 
 
 def test_the_page_is_whole_and_alone(planted: tuple[VisionTransformer, list], tmp_path: Path) -> None:
@@ -291,3 +292,11 @@ def test_options_that_do_not_go_together_are_refused(
         main(["doctor", "--model", "vit_ti8", *options.split()])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_random_neurons_mend_nothing(planted: tuple[VisionTransformer, list], tmp_path: Path) -> None:
+    doctor.run(planted[0], DoctorOptions(test_images=64, remedy="random"), tmp_path)
+    found = json.loads((tmp_path / "findings.json").read_text())
+    before, after = (found[name]["metrics"]["outlier_fraction"]["value"] for name in ("before", "after"))
+    assert after == pytest.approx(before, rel=0.2)
+    assert found["effects"]["remedy"].startswith("a control: 2 neurons drawn at random")

@@ -22,6 +22,7 @@ from vitreg_eval.analyses.massive import plot_massive_activations
 from vitreg_eval.analyses.neighbours import NeighbourSimilarity, plot_neighbour_similarity
 from vitreg_eval.analyses.norms import plot_norm_histogram, plot_norms_by_kind, plot_norms_per_block, worst_images
 from vitreg_eval.analyses.outlier_positions import plot_outlier_positions
+from vitreg_eval.analyses.overlap import plot_overlap
 from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, show_image
 from vitreg_eval.analyses.position_probe import plot_position_probe
 from vitreg_eval.analyses.reconstruction import plot_reconstruction
@@ -275,6 +276,11 @@ def registers(exams: Sequence[Exam]) -> Section:
         exams,
         lambda exam: given(exam.register_similarity, plot_similarity),
         "how alike the maps of class token and registers are, mean over images.",
+    )
+    figures += each(
+        exams,
+        lambda exam: given(exam.overlap, plot_overlap),
+        "overlap of the maps with the objects of the images, and how often each register is the best one.",
     )
     figures += each(
         exams,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from vitreg_core.capturing import capture
 from vitreg_core.denoise import Denoised
@@ -31,6 +32,7 @@ from vitreg_eval.analyses.focus import Focus, focus_sums, positional_focus
 from vitreg_eval.analyses.massive import BlockActivations, MassiveActivations
 from vitreg_eval.analyses.neighbours import NeighbourSimilarity, similarity_by_kind
 from vitreg_eval.analyses.outlier_positions import OutlierPositions, outlier_positions
+from vitreg_eval.analyses.overlap import MapOverlap, map_overlap
 from vitreg_eval.analyses.position_probe import PositionProbe, probe_positions
 from vitreg_eval.analyses.reconstruction import (
     LinearReconstruction,
@@ -254,6 +256,18 @@ class Exam:
         sums = reduce(add, map(similarity_sums, self.maps()))
         return map_similarity(sums, class_token="cls" in self.survey.prefix)
 
+    @analysis("overlap of maps with objects")
+    def overlap(self) -> MapOverlap:
+        """How well the maps of class token and registers cover objects; of the sample, where masks are known."""
+        self.need("attention")
+        if self.survey.images.names or not self.survey.prefix:
+            raise InputError("needs class token or registers, and masks of objects, which drawn scenes have")
+        batches = self.survey.images.images.batches(0, self.sample_images)
+        masks = torch.cat([batch.targets["mask"] for batch in batches])[:, None].gt(0).float()
+        objects = F.avg_pool2d(masks, self.model.patch_size)[:, 0] > 0.5
+        maps = self.survey.store.rows("attention", self.sample.rows)
+        return map_overlap(maps, objects, class_token="cls" in self.survey.prefix, seed=self.options.seed)
+
     @analysis("position probe")
     def position_probe(self) -> PositionProbe:
         """What tokens know of their position."""
@@ -322,6 +336,7 @@ ANALYSES = (
     "facets",
     "focus",
     "register_similarity",
+    "overlap",
     "position_probe",
     "linear",
     "mlp",

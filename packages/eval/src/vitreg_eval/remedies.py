@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from vitreg_core.denoise import denoise
+from vitreg_core.register_neurons import Neuron, RegisterNeurons
 from vitreg_core.test_time import find_register_neurons, with_test_time_registers
 
 from vitreg_eval.config import DoctorOptions
@@ -38,7 +39,25 @@ def remedy(model: Model, options: DoctorOptions) -> Remedied:
     found = find_register_neurons(model, [part for part in parts if len(part)])
     if found.cutoff is None:
         return Remedied(None, f"{found.verdict}, so nothing was changed")
+    if options.remedy == "random":
+        drawn = draw_neurons(model, found, options.seed)
+        told = f"a control: {len(drawn)} neurons drawn at random from the same blocks, to {found.tokens} registers"
+        return Remedied(with_test_time_registers(model, drawn, found.tokens), told)
     return Remedied(with_test_time_registers(model, found), f"{found.verdict}, on {found.images} other images")
+
+
+def draw_neurons(model: Model, found: RegisterNeurons, seed: int) -> list[Neuron]:
+    """As many other neurons of the same blocks, by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.zeros(1, 3, *[model.preprocess.config.image_size] * 2, device=model.device)
+    drawn: list[Neuron] = []
+    for layer, _ in found.neurons:
+        with torch.no_grad():
+            units = model.hidden(image, layer).shape[-1]
+        taken = {*found.neurons, *drawn}
+        order = torch.randperm(units, generator=generator).tolist()
+        drawn.append(next(one for unit in order if (one := Neuron(layer, unit)) not in taken))
+    return drawn
 
 
 def open_images(model: Model, options: DoctorOptions, part: str = "all") -> TolerantSet:

@@ -38,9 +38,10 @@ class DoctorOptions(NormsOptions):
     cutoff: PositiveFloat | None = None
     """A norm of your own above which a token counts, such as the paper's 150; shown beside the rule's, never in its
     place."""
-    remedy: Literal["test-time", "denoise"] | None = None
+    remedy: Literal["test-time", "denoise", "random"] | None = None
     """Show the model before and after: with its register neurons moved to test-time registers (found on every other
-    image, shown on the rest), or averaged over shifts of the image."""
+    image, shown on the rest), or averaged over shifts of the image. random is a control: as many neurons of the same
+    blocks, drawn by the seed, moved in their place."""
     after: str | None = None
     """SOURCE of the same model after a remedy of its own, such as a run of distill_registers; shown as --remedy."""
     lost: Path | None = None

@@ -37,7 +37,7 @@ def run(backbone: Model, options: DoctorOptions, out: Path) -> Outcome:
     """
     second = open_second(backbone, options)
     models = name_models(backbone, second.model, options)
-    part = "report" if options.remedy == "test-time" else "all"
+    part = "all" if options.remedy in {None, "denoise"} else "report"
     found = {
         name: survey(model, open_images(model, options, part), options, out / SURVEY) for name, model in models.items()
     }
