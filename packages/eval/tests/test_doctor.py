@@ -17,6 +17,7 @@ from vitreg_core.errors import InputError
 from vitreg_core.planted import plant_register_neurons
 from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights import save_model
+from vitreg_eval import remedies
 from vitreg_eval.cli import main
 from vitreg_eval.config import DoctorOptions
 from vitreg_eval.models import Model
@@ -34,6 +35,11 @@ def clean(**changes: object) -> VisionTransformer:
     with torch.no_grad():
         model.positions.patches.mul_(20)
     return model
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remedies, "CALIBRATION", 96)
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +234,7 @@ def test_test_time_registers_are_shown_before_and_after(
     assert found["before"]["metrics"]["outlier_fraction"]["value"] > 0.005
     assert found["after"]["metrics"]["outlier_fraction"]["value"] == 0
     assert found["effects"]["time_ratio"] > 0
-    assert "500 other images" in found["effects"]["remedy"]
+    assert "96 other images" in found["effects"]["remedy"]
     shown = found["before"]["metrics"]["outlier_fraction"]["value"]
     assert outcome.metrics["outlier_fraction"].value == pytest.approx(shown, rel=1e-5)
     assert "Before and after" in (tmp_path / "doctor.html").read_text()
