@@ -185,14 +185,11 @@ def test_trained_heads_are_kept_too_and_learn_from_batches_of_the_protocol(
 
 
 BAD = {
-    "table": (
-        ["paper", "table9"],
-        "table='table9': Input should be 'table1', 'table2a', 'table2b', 'table3' or 'samples'",
-    ),
-    "nothing": (
-        ["paper"],
-        "missing: the table, one of table1, table2a, table2b, table3, samples and --model SOURCE and --data DIR",
-    ),
+    "table": (["paper", "table9"], "unknown figure or table 'table9'; did you mean table"),
+    "figure": (["paper", "fig77", "--model", "vit_ti16"], "unknown figure or table 'fig77'; did you mean fig7?"),
+    "nothing": (["paper"], "missing: the figure or table, one of fig1, fig2, fig3, fig4a,"),
+    "no model": (["paper", "table1"], "missing: --model SOURCE and --data DIR, the folder that holds the data sets"),
+    "no photos": (["paper", "fig3", "--model", "vit_ti16", "--limit", "5"], "--limit 5 without --images; for scenes"),
     "data": (["paper", "table1", "--model", "vit_ti16", "--data", "nowhere"], "nowhere: no such folder"),
     "model": (["paper", "table1", "--model", "nowhere", "--data", "."], "model source 'nowhere'"),
     "second": (["paper", "table1", "--model", "vit_ti16", "--model", "nowhere", "--data", "."], "source 'nowhere'"),
@@ -222,6 +219,37 @@ def test_published_values_are_those_of_the_paper(shared_data: Path) -> None:
     for kind, row in zip(("[CLS]", "normal ", "outlier "), PAPER_TABLES["table1"].rows.values(), strict=True):
         line = next(line for line in text if line.startswith(kind))
         assert numbers(line.removeprefix(kind)) == [f"{value * 100:.1f}".replace(".", "") for value in row]
+
+
+def test_published_values_are_those_of_the_study(shared_data: Path) -> None:
+    text = (shared_data.parent / "reference" / "papers" / "small_vits_reproduction.txt").read_text()
+    for model, (value,) in PAPER_TABLES["study_table1"].rows.items():
+        assert value is not None
+        count = re.search(r"\+ (\d+) reg", model)
+        first = model.split(" + ")[0]
+        names = {"DINOv2 L/14": "DINOv2 (large)", "DINOv2 S/14": "DINOv2 (small)", "DINO": "DINO"}
+        name = names.get(first, f"DeiT-III ({count[1] if count else 2} regs)")
+        [cells] = [cells for cells in (line.split("\t") for line in text.splitlines()) if cells[0] == name]
+        assert f"{100 * value:.2f}" == cells[2 if count else 1]
+    rows = PAPER_TABLES["study_table2"].rows
+    means = re.findall(r"(?<!pm)(?<!pm )(?<!± )(?<!\d)\.\d{4}", text[text.index("Table 4:") : text.index("Table 5:")])
+    printed = {1.0, *map(float, means)}
+    assert {value for values in rows.values() for value in values if value is not None} == printed
+    for part, values in (
+        ("low norm", (0.7161, 0.7534, 0.9462, 0.1966)),
+        ("high norm", (0.854, 0.7853, 0.9568, 0.5608)),
+    ):
+        assert rows[f"DeiT-III S/16, {part}"] == values
+
+
+def test_a_published_row_may_have_gaps() -> None:
+    plan = PAPER_TABLES["study_table2"]
+    rows = [paper.Row("ours", "cls", [paper.Measured(column, None, "not there") for column in plan.columns])]
+    [line] = [line for line in paper.markdown(plan, rows).splitlines() if "DINOv2 S/14, class token" in line]
+    assert line == "| study: DINOv2 S/14, class token (other weights) | 0.9994 | - (not given) | 1 | - (not given) |"
+    found = list(csv.DictReader(paper.comma_separated(plan, rows).splitlines()))
+    gaps = [row["column"] for row in found if row["published"] == "yes" and not row["value"]]
+    assert gaps == ["CIFAR-10", "Flowers"] * 2
 
 
 def test_tables_are_whole() -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import get_args
 
 from vitreg_core.errors import InputError
@@ -10,7 +11,7 @@ from vitreg_core.options import one_line_errors, parse_options
 
 from vitreg_eval.config import CompareOptions, TaskOptions
 from vitreg_eval.config.datasets import DATASETS, HUB
-from vitreg_eval.config.paper import TABLES, PaperOptions
+from vitreg_eval.config.paper import NAMES, PaperOptions, names_text
 from vitreg_eval.task import TASKS, Task, find
 
 PROGRAM = "vitreg-eval"
@@ -53,10 +54,13 @@ tasks:
 
   {PROGRAM} <task> --help              every option of a task
   {PROGRAM} compare A B [C ...]        which differences between results exceed the noise
-  {PROGRAM} paper TABLE --model SOURCE --data DIR
-  {"":{len(PROGRAM)}}                            a table of the paper ({", ".join(TABLES)}) beside its published values
+  {PROGRAM} paper NAME --model SOURCE [--images DIR] [--data DIR]
+  {"":{len(PROGRAM)}}                            a figure or table of the paper or the study, beside published values
   {PROGRAM} list                       tasks, data sets and models
   {PROGRAM} --version
+
+figures and tables (paper --help has a line for each):
+{fill(" ".join(NAMES), 118, initial_indent="  ", subsequent_indent="  ")}
 
 examples:
   {PROGRAM} doctor --images photos --model runs/x
@@ -64,6 +68,7 @@ examples:
   {PROGRAM} knn --model runs/r0 --model runs/r4
   {PROGRAM} knn --model runs/elastic --registers 0,1,2,4,auto
   {PROGRAM} compare runs/eval/knn/0_r0 runs/eval/knn/1_r4
+  {PROGRAM} paper fig7 --model runs/r0 --model runs/r4 --images photos
   {PROGRAM} paper table2a --model runs/r0 --model runs/r4 --data data""")
 
 
@@ -166,17 +171,19 @@ def run_compare(words: list[str]) -> None:
 
 
 def run_paper(words: list[str]) -> None:
-    """Measure what a table of the paper needs; ours beside the published values."""
-    options = parse_options(PaperOptions(), named("--table", words), f"{PROGRAM} paper TABLE")
+    """Make a figure or table of the paper or of the study; ours beside the published values."""
+    if {"-h", "--help"} & set(words):
+        print(f"figures and tables:\n{names_text()}\n")
+    options = parse_options(PaperOptions(), named("--which", words), f"{PROGRAM} paper NAME")
     refuse_missing(options.needs())
-    from vitreg_eval.paper import make_table
+    from vitreg_eval.figures.making import make
     from vitreg_eval.results import is_main_process
 
     def tell(line: str) -> None:
         if is_main_process():
             print(line, flush=True)
 
-    make_table(options, tell)
+    make(options, tell)
 
 
 def named(option: str, words: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vitreg_core.config import override
 from vitreg_core.errors import InputError
@@ -40,6 +40,7 @@ from vitreg_eval.results import (
 )
 from vitreg_eval.task import TASKS
 
+Options = TypeVar("Options", bound=TaskOptions)
 PASSED_ON = ("precision", "batch_size", "seed", "cache", "protocol", "steps", "features", "device")
 """Options that the tasks get, where they have them."""
 
@@ -78,10 +79,10 @@ def make_table(options: PaperOptions, tell: Callable[[str], None]) -> list[Row]:
     Raises:
         InputError: a model that cannot be opened, or a folder that cannot be written.
     """
-    assert options.table is not None
-    plan = PAPER_TABLES[options.table]
+    assert options.which is not None
+    plan = PAPER_TABLES[options.which]
     data_folder(options.data)
-    out = options.out or Path("runs", "paper", options.table)
+    out = options.out or Path("runs", "paper", options.which)
     open_model = opener(plan)
     for source in options.model[1:]:
         open_model(source)  # so that a wrong one is named before hours have passed
@@ -138,7 +139,7 @@ def build(column: Column, options: PaperOptions) -> TaskOptions:
     return built
 
 
-def options_of(built: TaskOptions, options: PaperOptions) -> TaskOptions:
+def options_of(built: Options, options: PaperOptions) -> Options:
     """Options of a task with those of the table that it has; what heads train on at a step is that of the protocol."""
     names = {name for name in PASSED_ON if name in type(built).model_fields}
     names -= {"batch_size"} if isinstance(built, SegmentOptions) else set()
@@ -229,15 +230,15 @@ def grid(plan: PaperTable, rows: list[Row]) -> list[list[report.Cell]]:
     marks = published_marks(plan, rows)
     ours = [[report.Cell(row.name), *(our_cell(row, cell) for cell in row.cells)] for row in rows]
     theirs = [
-        [report.Cell(f"paper: {model}", "other weights"), *map(published_cell, values, marks)]
+        [report.Cell(f"{plan.source}: {model}", "other weights"), *map(published_cell, values, marks)]
         for model, values in plan.rows.items()
     ]
     return [*ours, *theirs]
 
 
-def published_cell(value: float, mark: str) -> report.Cell:
-    """A published number, with what it differs in from ours besides the weights."""
-    return report.Cell(number(value), mark)
+def published_cell(value: float | None, mark: str) -> report.Cell:
+    """A published number, with what it differs in from ours besides the weights; a dash where none is given."""
+    return report.Cell("-", "not given") if value is None else report.Cell(number(value), mark)
 
 
 def our_cell(row: Row, cell: Measured) -> report.Cell:
