@@ -7,13 +7,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = [
-    path for folder in ("packages", "apps", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("packages", "apps", "benchmarks", "examples", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 PACKAGES = ("core", "recipes", "eval")
 CHECKS = {
     "format": ["-m", "ruff", "format", "--check", "."],
     "lint": ["-m", "ruff", "check", "."],
-    "types": ["-m", "mypy", *(f"packages/{name}/src" for name in PACKAGES), "apps", "benchmarks", "hubconf.py"],
+    "types": [
+        "-m",
+        "mypy",
+        *(f"packages/{name}/src" for name in PACKAGES),
+        "apps",
+        "benchmarks",
+        "examples",
+        "hubconf.py",
+    ],
     "layers": ["-c", "from importlinter.cli import lint_imports; raise SystemExit(lint_imports())"],
 }
 
