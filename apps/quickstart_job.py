@@ -211,7 +211,8 @@ def verdict(results: Mapping[str, Mapping[str, Metric]], with_registers: str) ->
     """What registers brought on scenes, by the intervals alone."""
     changed = differences(results[WITHOUT], results[with_registers])
     artifacts = [name for name in (WITHOUT, with_registers) if "doctor cutoff" in results[name]]
-    modes = f"Outlier tokens: {' and '.join(artifacts) if artifacts else 'none in either trained model'}."
+    where = f"the model {' and in the model '.join(artifacts)}" if artifacts else "neither trained model"
+    modes = f"The rule finds outlier tokens in {where}."
     if not changed:
         return f"Registers brought nothing on scenes: no metric differs beyond its 95 % interval. {modes}"
     return f"With registers the model is {changed}, beyond the 95 % intervals (one seed). {modes}"

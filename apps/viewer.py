@@ -31,7 +31,7 @@ class ViewerOptions(Config):
     """
 
     model: tuple[str, ...] = Field(default=(), max_length=2)
-    """SOURCE of the weights: a folder or file, a run folder, hf:owner/name. Give the option twice to compare two
+    """SOURCE of the weights: a folder or file, a run folder, hub:owner/name. Give the option twice to compare two
     models; without it, those of the quickstart are taken."""
     images: Path | None = None
     """Folder of pictures to choose from; register neurons are then found on them, otherwise on drawn scenes."""
@@ -53,7 +53,7 @@ def sources(options: ViewerOptions) -> tuple[str, ...]:
     if options.model or runs:
         return options.model or tuple(map(str, runs[:2]))
     raise InputError(
-        f"no model: give --model SOURCE (a folder with weights, a run folder, hf:owner/name), or run "
+        f"no model: give --model SOURCE (a folder with weights, a run folder, hub:owner/name), or run "
         f"apps/quickstart.py first, whose two models are taken from {QUICKSTART}"
     )
 

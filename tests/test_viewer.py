@@ -162,7 +162,7 @@ def test_test_time_registers_make_the_artifact_vanish(address: str) -> None:
         with_artifact = page.inner_html(".maps")
         changed(page, lambda: page.click("#test-time input"))
         assert "no outliers" in captions(page, "Norms")[0]
-        assert "neurons to" in page.inner_text("#status")
+        assert ": outliers " in page.inner_text("#status")
         assert changed(page, lambda: page.click("#test-time input")) == with_artifact
 
 

@@ -30,7 +30,7 @@ from vitreg_core.config import override
 from vitreg_core.data.images import list_images, read_image
 from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.errors import InputError
-from vitreg_core.neuron_search import Contrast, choose, mark, search
+from vitreg_core.neuron_search import Contrast, appearance, choose, mark, search
 from vitreg_core.outliers import emergence_block, find_outliers, patch_norms
 from vitreg_core.planted import plant_register_neurons
 from vitreg_core.test_time import (
@@ -688,3 +688,15 @@ def test_the_sample_vit_loses_its_outliers(shared_data: Path) -> None:
     before, after = (patch_norms(one, images[1::2])[-1] for one in (net, with_test_time_registers(net, found)))
     assert (before > 300).float().mean() > 0.01
     assert after.max() < 300
+
+
+def test_an_earlier_mode_of_other_tokens_is_not_where_outliers_appear() -> None:
+    numbers = np.random.default_rng(0)
+    early, late = np.zeros((64, 64), dtype=bool), np.zeros((64, 64), dtype=bool)
+    early[:, 0], late[:, 5:8] = True, True
+    high = {0: early, 1: early, 2: early | late, 3: early | late}
+    norms = [np.exp(0.1 * numbers.standard_normal((64, 64))) * np.where(high[block], 9, 1) for block in range(4)]
+    verdicts = [find_outliers(torch.from_numpy(block)) for block in norms]
+    assert [verdict.found for verdict in verdicts] == [True] * 4
+    assert appearance(verdicts, 3) == 2
+    assert appearance(verdicts, 1) == 0

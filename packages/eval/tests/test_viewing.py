@@ -182,7 +182,7 @@ def test_test_time_registers_take_the_planted_artifact_away() -> None:
     planted, _ = plant_register_neurons(model, images, layer=2)
     seen = Viewer([planted])
     assert [seen.registers(test_time=False), seen.registers(test_time=True) > 0] == [0, True]
-    assert "neurons to" in seen.find_mended()[0].result().verdict
+    assert ": outliers" in seen.find_mended()[0].result().verdict
     plain, mended = (
         [seen.view(key, CHOICE._replace(test_time=on))[0].maps.norms for key in seen.pictures.names]
         for on in (False, True)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from einops import rearrange
@@ -25,6 +25,14 @@ Batches = Float[Tensor, "b 3 height width"] | Iterable[Float[Tensor, "_ 3 _ _"]]
 """Normalised pixels: one batch, or batches that can be gone through more than once, in the same order."""
 
 
+@overload
+def with_test_time_registers(
+    model: VisionTransformer, neurons: RegisterNeurons | Sequence[Neuron], tokens: int | None = None
+) -> VisionTransformer: ...
+@overload
+def with_test_time_registers(
+    model: nn.Module | Backbone, neurons: RegisterNeurons | Sequence[Neuron], tokens: int | None = None
+) -> VisionTransformer | Adapter: ...
 def with_test_time_registers(
     model: nn.Module | Backbone, neurons: RegisterNeurons | Sequence[Neuron], tokens: int | None = None
 ) -> VisionTransformer | Adapter:
@@ -90,7 +98,6 @@ def with_attention_bias(
             "weights by load_model, or take with_test_time_registers"
         )
     registers = with_test_time_registers(backbone, neurons, tokens)
-    assert isinstance(registers, VisionTransformer)
     keys, values = mean_keys_and_values(registers, images)
     moved = registers.config.moved
     assert moved is not None

@@ -14,7 +14,7 @@ from vitreg_core.capturing import capture, find, find_anatomy
 from vitreg_core.edited import Batches, batches_of, original, with_test_time_registers
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
-from vitreg_core.outliers import Outliers, emergence_block, find_outliers
+from vitreg_core.outliers import Outliers, find_outliers
 from vitreg_core.register_neurons import Neuron, RegisterNeurons, Step
 from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights.files import weights_hash
@@ -80,7 +80,7 @@ def find_register_neurons(
         met=False,
         cutoff=outliers.cutoff,
         outlier_block=block,
-        emergence_block=emergence_block([verdict.found for verdict in verdicts]),
+        emergence_block=None if block is None else appearance(verdicts, block),
         rule=outliers.rule,
         images=len(base.read),
         source=backbone.source,
@@ -90,11 +90,11 @@ def find_register_neurons(
     )
     if block is None or outliers.cutoff is None:
         return nothing
-    last = block if nothing.emergence_block is None else nothing.emergence_block
+    last = appearance(verdicts, block)
     ranking = rank(backbone, images, outliers.mask, range(min(backbone.depth // 4, last), last + 1))
     count = typical(outliers.mask) if tokens is None else tokens
     trial = Trial(backbone, images, base, ranking, count, block, outliers.cutoff)
-    return replace(best_of(trial, nothing), emergence_block=last)
+    return best_of(trial, nothing)
 
 
 def best_of(trial: "Trial", result: RegisterNeurons) -> RegisterNeurons:
@@ -170,6 +170,18 @@ def mark(verdicts: Sequence[Outliers]) -> int | None:
     modes = {layer: verdict.ratio or 0.0 for layer, verdict in enumerate(verdicts) if verdict.found}
     last = len(verdicts) - 1
     return last if last in modes else max(modes, key=lambda layer: modes[layer], default=None)
+
+
+def appearance(verdicts: Sequence[Outliers], block: int) -> int:
+    """First block that marks half of a later block's outliers, as does every block between.
+
+    An earlier mode of other tokens, which some models have, is none of these outliers.
+    """
+    outliers = verdicts[block].mask
+    first = block
+    while first and (verdicts[first - 1].mask & outliers).sum() * 2 >= outliers.sum():
+        first -= 1
+    return first
 
 
 def typical(mask: Bool[Tensor, "images p"]) -> int:

@@ -56,7 +56,7 @@ class RegisterNeurons:
     outlier_block: NonNegativeInt | None
     """Block after which outliers were marked, from 0: the last, or the clearest where norms drop in the last."""
     emergence_block: NonNegativeInt | None
-    """Block in which outliers appear, from 0: the last one that was searched."""
+    """Block in which these outliers appear, from 0: the last one that was searched."""
     rule: Literal["mixture", "small-sample"]
     """Which rule of `find_outliers` gave the verdict."""
     images: PositiveInt
@@ -79,7 +79,8 @@ class RegisterNeurons:
             return f"no outlier mode on {self.images} images: there is nothing to move"
         goal = "" if self.met else f"; no number of neurons kept {self.remaining:.0%} or fewer at a cosine {self.guard}"
         return (
-            f"{len(self.neurons)} neurons to {self.tokens} registers: outliers {self.before:.2%} -> {self.after:.2%} "
+            f"{len(self.neurons)} neuron{'s' * (len(self.neurons) != 1)} to {self.tokens} "
+            f"register{'s' * (self.tokens != 1)}: outliers {self.before:.2%} -> {self.after:.2%} "
             f"of the patches, cosine {self.cosine:.4f}{goal}"
         )
 

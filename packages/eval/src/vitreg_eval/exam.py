@@ -261,7 +261,7 @@ class Exam:
         """How well the maps of class token and registers cover objects; of the sample, where masks are known."""
         self.need("attention")
         if self.survey.images.names or not self.survey.prefix:
-            raise InputError("needs class token or registers, and masks of objects, which drawn scenes have")
+            raise InputError("needs the masks of objects, as drawn scenes have them, and a class token or registers")
         batches = self.survey.images.images.batches(0, self.sample_images)
         masks = torch.cat([batch.targets["mask"] for batch in batches])[:, None].gt(0).float()
         objects = F.avg_pool2d(masks, self.model.patch_size)[:, 0] > 0.5
