@@ -9,9 +9,10 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from vitreg_core import PreprocessConfig, VisionTransformer, ViTConfig, load_model, save_model
+from vitreg_core import PreprocessConfig, VisionTransformer, ViTConfig, as_backbone, load_model, save_model
 from vitreg_core.config import override
 from vitreg_core.errors import InputError
+from vitreg_core.test_time import Neuron, with_test_time_registers
 
 ROOT = Path(__file__).parents[3]
 BASE = ViTConfig(image_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3)
@@ -205,6 +206,19 @@ def test_neither_a_changed_model_nor_an_unwritable_folder_is_written(layout: str
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="give another folder"):
         save_model(model_of({"registers": 1}), tmp_path / "file", layout=layout)
+
+
+@pytest.mark.parametrize("layout", ["vitreg", "timm", "dinov2"])
+def test_models_of_other_libraries_are_refused(layout: str, tmp_path: Path) -> None:
+    import vitreg_core.weights
+
+    unchecked = vitreg_core.weights.save_model.__wrapped__  # the type check of the test run would come first
+    theirs = timm.models.vision_transformer.VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2)
+    for model in (theirs, as_backbone(theirs), with_test_time_registers(theirs, [Neuron(1, 3)])):
+        with pytest.raises(InputError, match=r"VisionTransformer is no vitreg model .*load_model\(SOURCE\)") as error:
+            unchecked(model, tmp_path / "new", layout=layout)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_layouts_get_the_nearest(tmp_path: Path) -> None:

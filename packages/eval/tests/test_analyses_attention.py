@@ -5,15 +5,6 @@ from vitreg_eval.analyses import attention
 from vitreg_eval.analyses.attention import BY_CLASS, BY_PATCHES
 
 
-def test_head_maps_sum_to_one_and_their_head_mean_is_not_the_mean_map() -> None:
-    weights = torch.rand(2, 3, 8, 8).softmax(dim=-1)
-    maps = attention.head_maps(weights, 2, (2, 3))
-    assert maps.shape == (2, 3, 2, 2, 3)
-    row = weights[1, 2, 0, 2:]
-    torch.testing.assert_close(maps[1, 2, 0], (row / row.sum()).reshape(2, 3))
-    torch.testing.assert_close(maps.sum(dim=(-2, -1)), torch.ones(2, 3, 2))
-
-
 def test_a_model_without_class_token_looks_by_its_patches() -> None:
     weights = torch.rand(2, 3, 7, 7).softmax(dim=-1)
     found = attention.looks(weights, ("register",), (2, 3))

@@ -15,11 +15,13 @@ from vitreg_core.config import PreprocessConfig
 from vitreg_core.data.scenes import draw_scenes
 from vitreg_core.errors import InputError
 from vitreg_core.planted import plant_register_neurons
+from vitreg_core.register_neurons import RegisterNeurons
 from vitreg_core.vit import VisionTransformer
-from vitreg_core.weights import save_model
+from vitreg_core.weights import load_model, save_model
 from vitreg_eval import remedies
 from vitreg_eval.cli import main
 from vitreg_eval.config import DoctorOptions
+from vitreg_eval.diagnosis import diagnose
 from vitreg_eval.models import Model
 from vitreg_eval.remedies import open_images
 from vitreg_eval.results import Outcome
@@ -184,7 +186,7 @@ def test_few_photos_of_many_sizes_are_enough(tmp_path: Path) -> None:
     outcome, found = examine(clean(), tmp_path / "out", images=photos(tmp_path / "photos", 5))
     assert (outcome.data.n, found["images"]) == (5, 5)
     assert found["blocks"][-1]["rule"] == "small-sample"
-    assert "fewer than" in found["left_out"]["position probe"] or "images" in found["left_out"]["position probe"]
+    assert found["left_out"]["position probe"] == "a probe on 5 images; give 10 or more"
 
 
 def test_unreadable_photos_are_named_and_left_out(tmp_path: Path) -> None:
@@ -218,11 +220,11 @@ def test_one_photo_is_enough_for_a_verdict(tmp_path: Path) -> None:
     assert found["left_out"]
 
 
-def test_images_wider_than_high_are_surveyed(tmp_path: Path) -> None:
-    model = clean(image_size=(64, 96))
+def test_a_model_of_wide_images_is_shown_square_ones(tmp_path: Path) -> None:
+    model = clean(image_size=(64, 96))  # a grid of 8 x 12; photos are cropped to the longer side
     outcome, found = examine(model, tmp_path)
     assert outcome.data.n == 20
-    assert found["blocks"]
+    assert np.shape(found["evidence"]["focus"]["maps"]) == (1, 12, 12)
 
 
 def test_test_time_registers_are_shown_before_and_after(
@@ -306,3 +308,54 @@ def test_random_neurons_mend_nothing(planted: tuple[VisionTransformer, list], tm
     before, after = (found[name]["metrics"]["outlier_fraction"]["value"] for name in ("before", "after"))
     assert after == pytest.approx(before, rel=0.2)
     assert found["effects"]["remedy"].startswith("a control: 2 neurons drawn at random")
+
+
+def test_a_mode_that_the_input_has_already_emerges_in_no_block(tmp_path: Path) -> None:
+    model = clean()
+    with torch.no_grad():
+        model.positions.patches[:2] *= 30
+    outcome, found = examine(model, tmp_path, test_images=64)
+    assert "so have the tokens that the first block reads" in found["verdict"]
+    assert found["emergence_block"] is None
+    assert "emergence_block" not in outcome.metrics
+
+
+def test_a_mode_that_the_last_block_hides_is_judged_before_it() -> None:
+    numbers = np.random.default_rng(0)
+    norms = np.exp(0.1 * numbers.standard_normal((4, 64, 64)))
+    norms[2, :, 3] *= 9
+    norms[1, :, 3] *= 3
+    found = diagnose(torch.from_numpy(norms).float())
+    assert (found.block, found.emergence) == (2, 1)
+    assert float(found.share.mean()) == pytest.approx(1 / 64)
+    assert "these after block 2, none after the last" in found.verdict
+
+
+@pytest.mark.parametrize("name", ["lost", "segment", "knn", "classify"])
+def test_a_missing_folder_of_a_task_is_named_before_anything_runs(name: str, tmp_path: Path) -> None:
+    options = DoctorOptions(model=("x",), remedy="denoise", **{name: tmp_path / "nowhere"})
+    with pytest.raises(InputError, match=f"--{name} .*nowhere: no such folder"):
+        options.needs()
+
+
+def test_another_model_is_no_after(tmp_path: Path) -> None:
+    save_model(clean(depth=3), tmp_path / "other")
+    with pytest.raises(InputError, match="depth 3, and 4 before; show another model by --compare"):
+        doctor.run(clean(), DoctorOptions(test_images=20, after=str(tmp_path / "other")), tmp_path / "out")
+
+
+def test_the_mended_model_is_kept(planted: tuple[VisionTransformer, list], tmp_path: Path) -> None:
+    options = DoctorOptions(test_images=20, remedy="test-time")
+    second = doctor.open_second(planted[0], options)
+    assert second.model is not None
+    assert "the mended model is" in doctor.keep(second, tmp_path)[0]
+    mended = load_model(tmp_path / "mended")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(mended(images).patches, second.model.features(images).patches)
+    assert RegisterNeurons.load(tmp_path / "neurons.json") == second.neurons
+
+
+def test_a_cutoff_of_ones_own_stands_beside_the_rule(planted: tuple[VisionTransformer, list], tmp_path: Path) -> None:
+    examine(planted[0], tmp_path, cutoff=0.001)
+    assert "above your cutoff 0.001: 100.00%" in (tmp_path / "doctor.html").read_text()

@@ -211,12 +211,13 @@ def test_the_doctor_finds_a_planted_artifact_and_none_in_a_clean_model(tmp_path:
     sick = doctor.run(planted, options, tmp_path)
     assert sick.metrics["emergence_block"].value == 1
     assert 0.01 < sick.metrics["outlier_fraction"].value < 0.06
-    assert sick.notes[0].startswith("artifacts: ")
-    assert [block["found"] for block in json.loads((tmp_path / "blocks.json").read_text())] == [False] + [True] * 3
+    assert ": artifacts: " in sick.notes[0]
+    [findings] = json.loads((tmp_path / "findings.json").read_text()).values()
+    assert [block["found"] for block in findings["blocks"]] == [False] + [True] * 3
     well = doctor.run(clean, options, tmp_path)
     assert well.metrics["outlier_fraction"].value == 0
     assert "cutoff" not in well.metrics
-    assert well.notes[0].startswith("no outlier mode")
+    assert ": no outlier mode" in well.notes[0]
 
 
 def test_a_task_runs_on_a_saved_model(model: VisionTransformer, tmp_path: Path) -> None:

@@ -333,6 +333,28 @@ def test_images_of_another_size_take_resized_positions(small: Small) -> None:
     assert train(small(model__image_size=32, steps=1)).config.image_size == 32
 
 
+def test_images_are_as_large_as_those_of_the_model_unless_a_size_is_given(
+    small: Small, capsys: pytest.CaptureFixture[str], source: Path
+) -> None:
+    assert find("distill_registers").model.image_size is None
+    for given, side, told in ((None, 24, f"as {source} reads them"), (32, 32, "as model.image_size says")):
+        config = small(model__image_size=given)
+        state = set_up(config, start(config))
+        assert state.config.model.size == (side, side)
+        images = next(state.data.batches(0, state.share, state.accelerator.device)).images
+        assert images.shape == (4, 3, side, side)
+        assert capsys.readouterr().err.count(f"images of {side} pixels, {told}") == 1
+
+
+def test_a_model_of_oblong_images_needs_a_size(small: Small, tmp_path: Path) -> None:
+    shapes = {"image_size": (24, 32), "patch_size": 8, "embed_dim": 8, "num_heads": 1, "depth": 1}
+    save_model(create_model("vit_ti16", **shapes), tmp_path / "oblong")
+    config = small(init=str(tmp_path / "oblong"), model__image_size=None)
+    with pytest.raises(InputError, match=r"24x32 pixels, and crops are square; give --model.image_size 32"):
+        set_up(config, start(config))
+    assert build(override(config, {"model.image_size": 32})).student.config.size == (32, 32)
+
+
 def test_models_of_other_kinds_learn_too(small: Small, tmp_path: Path) -> None:
     shapes = {"image_size": 24, "patch_size": 8, "embed_dim": 8, "num_heads": 1, "depth": 1}
     rotary = create_model("vit_ti16", **shapes, position="rope", mask_token=True)
@@ -395,9 +417,9 @@ def test_tokens_have_the_whole_learning_rate_and_no_decay(small: Small) -> None:
     [
         ({"init": None}, "init=None: registers are added to a trained model; give --init SOURCE"),
         ({"init": "nowhere"}, "nowhere"),
-        ({"model__registers": 1}, r"model.registers=1 with init=.*, which has 1 already; give at least 2 to add some"),
+        ({"model__registers": 1}, r"model.registers=1 with init=.*, which has 1 already; give --model.registers 5 to"),
         ({"model__registers": 0}, "model.registers=0: there is nothing to add; give 4, say"),
-        ({"last_blocks": 4}, "last_blocks=4 of a model with 3 blocks; give fewer"),
+        ({"last_blocks": 4}, "last_blocks=4 with init=.*, which has 3 blocks; give --last_blocks 3"),
         ({"optim__lr": 1e-6}, "optim.lr=1e-06 is below optim.min_lr=1e-05; lr is the higher one"),
         ({"optim__warmup_steps": 7}, "optim.warmup_steps=7 of steps=6; warm up for fewer steps"),
         ({"data__crop_scale": (0.5, 1.5)}, "data.crop_scale=0.5 1.5: give two shares of the area"),
@@ -453,12 +475,11 @@ def test_the_app_adds_registers(
         "2",
         "--data.workers",
         "0",
-        "--model.image_size",
-        "24",
     ]
     lengths = ["--last_blocks", "1", "--steps", "2", "--optim.warmup_steps", "1", "--out", str(tmp_path / "out")]
     app.main(["distill_registers", "--init", str(source), *options, *lengths])
     assert load_model(tmp_path / "out").num_registers == 4
+    assert load_model(tmp_path / "out").config.size == (24, 24)
     assert f"trained; next: vitreg-eval knn --model {tmp_path / 'out'}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         app.main(["distill_registers", "--data.path", str(pictures), "--out", str(tmp_path / "none")])

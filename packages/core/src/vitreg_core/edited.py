@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -199,6 +200,7 @@ def edit_foreign(model: Adapter, neurons: Sequence[tuple[int, int]], count: int)
     edited.source = f"{model.source} + {count} test-time register{'s' * (count > 1)}"
     edited.num_registers += count
     insert_tokens(edited.blocks[0], first, count)
+    count_tokens(edited, first, count)
     for block in edited.blocks:
         attention = find(block, edited.attention_path, "attention")
         if isinstance(getattr(attention, "num_prefix_tokens", None), int):  # timm's, which rotates all but these
@@ -220,6 +222,25 @@ def insert_tokens(block: nn.Module, first: int, count: int) -> RemovableHandle:
         return ((longer, *args[1:]), kwargs) if args else ((), {**kwargs, name: longer})
 
     return block.register_forward_pre_hook(insert, with_kwargs=True)
+
+
+def count_tokens(model: Adapter, first: int, count: int) -> None:
+    """Let timm's model know of the new tokens, so that what it pools leaves them out.
+
+    Positions have no rows for them: while timm resizes these, before the first block, it must not count the new ones.
+    """
+    inner: Any = model.model
+    if isinstance(getattr(inner, "num_reg_tokens", None), int):
+        inner.num_reg_tokens += count
+    if isinstance(getattr(inner, "num_prefix_tokens", None), int):
+        inner.num_prefix_tokens = first + count
+        inner.patch_embed.register_forward_pre_hook(partial(set_prefix, inner, first))
+        model.blocks[0].register_forward_pre_hook(partial(set_prefix, inner, first + count))
+
+
+def set_prefix(model: Any, number: int, _module: nn.Module, _args: tuple[Any, ...]) -> None:  # noqa: ANN401 (timm's)
+    """Tell a model how many tokens stand before the patches."""
+    model.num_prefix_tokens = number
 
 
 def move_at(linear: nn.Module, units: Sequence[int], first: int, count: int) -> RemovableHandle:

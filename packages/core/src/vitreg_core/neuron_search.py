@@ -1,7 +1,7 @@
 """Finding the register neurons of any model: rank hidden units by how they single out outliers, choose how many."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
 from vitreg_core.backbones.adapter import Adapter
-from vitreg_core.capturing import capture, find, find_anatomy
+from vitreg_core.capturing import find, find_anatomy
 from vitreg_core.edited import Batches, batches_of, original, with_test_time_registers
 from vitreg_core.errors import InputError
 from vitreg_core.features import Backbone
-from vitreg_core.outliers import Outliers, find_outliers
+from vitreg_core.outliers import Outliers, checked, find_outliers
 from vitreg_core.register_neurons import Neuron, RegisterNeurons, Step
 from vitreg_core.vit import VisionTransformer
 from vitreg_core.weights.files import weights_hash
@@ -23,6 +23,8 @@ LEAST_IMAGES = 16
 """Below so many, `find_outliers` has no mixture to fit and a score rests on a handful of outliers."""
 MOST_NEURONS = 64
 MOST_TOKENS = 8
+PIECE_BYTES = 2**28
+"""What the attention weights or the hidden units of one block may take, of the images that run at once."""
 
 
 @torch.no_grad()
@@ -68,8 +70,22 @@ def find_register_neurons(
         )
     verdicts = [find_outliers(norms) for norms in base.norms]
     block = mark(verdicts)
+    nothing = replace(no_neurons(verdicts, block, backbone, len(base.read)), remaining=remaining, guard=guard)
+    if block is None or nothing.cut is None:
+        return nothing
+    last, outliers = appearance(verdicts, block), verdicts[block]
+    ranking = rank(backbone, images, outliers.mask, range(min(backbone.depth // 4, last), last + 1))
+    count = typical(outliers.mask) if tokens is None else tokens
+    trial = Trial(backbone, images, base, ranking, count, block, nothing.cut)
+    return best_of(trial, nothing)
+
+
+def no_neurons(
+    verdicts: Sequence[Outliers], block: int | None, model: VisionTransformer | Adapter, images: int
+) -> RegisterNeurons:
+    """What is known before any neuron is chosen."""
     outliers = verdicts[-1 if block is None else block]
-    nothing = RegisterNeurons(
+    return RegisterNeurons(
         neurons=(),
         scores=(),
         tokens=1,
@@ -78,28 +94,22 @@ def find_register_neurons(
         after=0.0,
         cosine=1.0,
         met=False,
-        cutoff=outliers.cutoff,
+        cut=None if block is None else outliers.cut,
+        cutoff=None if block is None else outliers.cutoff,
         outlier_block=block,
         emergence_block=None if block is None else appearance(verdicts, block),
         rule=outliers.rule,
-        images=len(base.read),
-        source=backbone.source,
-        weights=weights_hash(backbone),
-        remaining=remaining,
-        guard=guard,
+        images=images,
+        source=model.source,
+        weights=weights_hash(model),
+        remaining=0.0,
+        guard=0.0,
     )
-    if block is None or outliers.cutoff is None:
-        return nothing
-    last = appearance(verdicts, block)
-    ranking = rank(backbone, images, outliers.mask, range(min(backbone.depth // 4, last), last + 1))
-    count = typical(outliers.mask) if tokens is None else tokens
-    trial = Trial(backbone, images, base, ranking, count, block, outliers.cutoff)
-    return best_of(trial, nothing)
 
 
 def best_of(trial: "Trial", result: RegisterNeurons) -> RegisterNeurons:
     """The result with the best number of neurons of a ranking."""
-    before = above(trial.base.norms[trial.block], trial.cutoff)
+    before = trial.above(trial.base.norms[trial.block])
     limit = result.remaining * before
     steps = search(trial, len(trial.ranking), limit, result.guard)
     best = choose(steps, limit, result.guard)
@@ -127,19 +137,40 @@ class Observed:
 
 
 def observe(model: VisionTransformer | Adapter, images: Batches) -> Observed:
-    """Run a model over all images, batch by batch."""
+    """Run a model over all images, a few at a time; of the tokens of a block nothing stays but their norms."""
     norms, read = [], []
-    for batch in batches_of(images):
-        with capture(model, None, "after") as captured:
-            features = model.features(batch.to(model.device))
-        blocks = [captured.after[layer][:, model.num_prefix_tokens :] for layer in range(model.depth)]
-        norms.append(torch.stack([block.float().norm(dim=-1) for block in blocks]).cpu())
+    for piece in pieces(model, images):
+        with block_norms(model) as seen:
+            features = model.features(piece.to(model.device))
+        norms.append(torch.stack(seen)[..., model.num_prefix_tokens :].cpu())
         read.append((features.patches.mean(dim=1) if features.cls is None else features.cls).float().cpu())
     if not read:
         raise InputError(f"0 calibration images; give {LEAST_IMAGES} at least, 100 to 1,000 for good scores")
     if len({part.shape[2] for part in norms}) > 1:
         raise InputError("calibration images of several sizes; give images of one size")
     return Observed(torch.cat(norms, dim=1), torch.cat(read))
+
+
+def pieces(model: VisionTransformer | Adapter, images: Batches) -> Iterator[Float[Tensor, "_ 3 _ _"]]:
+    """All images in order, as many at once as `PIECE_BYTES` allows, one at least."""
+    for batch in batches_of(images):
+        tokens = model.num_prefix_tokens + batch.shape[-2] * batch.shape[-1] // model.patch_size**2
+        widest = max(model.num_heads * tokens, 8 * model.embed_dim)  # the packed layer of SwiGLU has 16/3 of the width
+        yield from batch.split(max(1, PIECE_BYTES // (4 * tokens * widest)))
+
+
+@contextmanager
+def block_norms(model: VisionTransformer | Adapter) -> Iterator[list[Float[Tensor, "b n"]]]:
+    """L2 norms, in float32, of all tokens after every block of one forward pass."""
+    norms: list[Float[Tensor, "b n"]] = []
+
+    def measure(_block: nn.Module, _inputs: object, tokens: Float[Tensor, "b n d"]) -> None:
+        norms.append(torch.linalg.vector_norm(tokens.float(), dim=-1))
+
+    with ExitStack() as stack:
+        for block in find_anatomy(model).blocks:
+            stack.callback(block.register_forward_hook(measure).remove)
+        yield norms
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,8 @@ class Trial:
     tokens: int
     block: int
     """After which norms are taken."""
-    cutoff: float
+    cut: float
+    """Log of the norm, over the median norm of its image in the unedited model, above which a token counts."""
 
     def __call__(self, number: int) -> Step:
         """Move the first so many."""
@@ -162,12 +194,17 @@ class Trial:
         seen = observe(edited, self.images)
         norms = seen.norms[self.block]
         cosine = torch.cosine_similarity(seen.read, self.base.read, dim=-1).mean().item()
-        return Step(number, above(norms, self.cutoff), find_outliers(norms).found, cosine)
+        return Step(number, self.above(norms), find_outliers(norms).found, cosine)
+
+    def above(self, norms: Float[Tensor, "images p"]) -> float:
+        """Part of the patch tokens above the cut, each over the median that its image has in the unedited model."""
+        medians = np.median(np.log(checked(self.base.norms[self.block])), axis=1, keepdims=True)
+        return float((np.log(checked(norms)) - medians > self.cut).mean())
 
 
 def mark(verdicts: Sequence[Outliers]) -> int | None:
-    """The block after which outliers are marked: the last, or, without a mode there, the one with the highest mode."""
-    modes = {layer: verdict.ratio or 0.0 for layer, verdict in enumerate(verdicts) if verdict.found}
+    """The block after which outliers are marked: the last, or without a mode there that of the highest; or None."""
+    modes = {layer: verdict.ratio or 0.0 for layer, verdict in enumerate(verdicts) if verdict.mask.any()}
     last = len(verdicts) - 1
     return last if last in modes else max(modes, key=lambda layer: modes[layer], default=None)
 
@@ -190,11 +227,6 @@ def typical(mask: Bool[Tensor, "images p"]) -> int:
     return min(max(round(counts[counts > 0].double().mean().item()), 1), MOST_TOKENS)
 
 
-def above(norms: Float[Tensor, "images p"], cutoff: float) -> float:
-    """Part of the patch tokens with a greater norm."""
-    return (norms > cutoff).double().mean().item()
-
-
 class Contrast:
     """Sums over the hidden units that one linear layer reads, apart for outliers and other patches."""
 
@@ -205,15 +237,15 @@ class Contrast:
         self.elsewhere = self.squares = self.at_outliers
 
     def __call__(self, linear: nn.Module, args: tuple[Tensor, ...]) -> None:  # noqa: ARG002 (torch's signature)
-        """Add the patches of a batch, which stand last in the sequence."""
-        mask = self.mask[self.images : self.images + len(args[0])]
-        self.images += len(args[0])
-        hidden = args[0][:, -mask.shape[1] :]
-        mask = mask.to(hidden.device)
-        outliers, others = hidden[mask].double(), hidden[~mask].double()
-        self.at_outliers = self.at_outliers + outliers.sum(dim=0).cpu()
-        self.elsewhere = self.elsewhere + others.sum(dim=0).cpu()
-        self.squares = self.squares + others.square().sum(dim=0).cpu()
+        """Add the patches of some images, which stand last in the sequence; in float64, one image after another."""
+        for hidden in args[0]:
+            mask = self.mask[self.images].to(hidden.device)
+            self.images += 1
+            patches = hidden[-len(mask) :]
+            outliers, others = patches[mask].double(), patches[~mask].double()
+            self.at_outliers = self.at_outliers.to(hidden.device) + outliers.sum(dim=0)
+            self.elsewhere = self.elsewhere.to(hidden.device) + others.sum(dim=0)
+            self.squares = self.squares.to(hidden.device) + others.square().sum(dim=0)
 
     @property
     def scores(self) -> Float64[Tensor, " hidden"]:
@@ -237,9 +269,9 @@ def rank(
         for layer, contrast in zip(layers, contrasts, strict=True):
             linear = find(anatomy.blocks[layer], anatomy.hidden_path, "hidden units")
             stack.callback(linear.register_forward_pre_hook(contrast).remove)
-        for batch in batches_of(images):
-            model.features(batch.to(model.device))
-    scores = torch.stack([contrast.scores for contrast in contrasts]).numpy()
+        for piece in pieces(model, images):
+            model.features(piece.to(model.device))
+    scores = torch.stack([contrast.scores for contrast in contrasts]).cpu().numpy()
     order = np.argsort(-scores, axis=None, kind="stable")[:MOST_NEURONS]
     places = zip(*np.unravel_index(order, scores.shape), strict=True)
     return [(Neuron(layers[int(row)], int(unit)), float(scores[row, unit])) for row, unit in places]

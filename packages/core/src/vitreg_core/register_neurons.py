@@ -24,7 +24,8 @@ class Step:
     neurons: NonNegativeInt
     """How many."""
     fraction: FiniteFloat
-    """Part of the patch tokens whose norm is above the cutoff of the unedited model, 0 to 1."""
+    """Part of the patch tokens, 0 to 1, whose norm over the median of their image in the unedited model is above the
+    cut."""
     found: bool
     """Whether the norms still have an outlier mode, by the rule of `find_outliers`."""
     cosine: FiniteFloat
@@ -44,15 +45,17 @@ class RegisterNeurons:
     steps: tuple[Step, ...]
     """The curve of the choice: every number of neurons that was tried, ascending."""
     before: FiniteFloat
-    """Part of the patch tokens above the cutoff in the unedited model, 0 to 1."""
+    """Part of the patch tokens that are outliers in the unedited model, 0 to 1."""
     after: FiniteFloat
-    """The same with the chosen neurons moved."""
+    """Part of them above the cut with the chosen neurons moved, as in the chosen step."""
     cosine: FiniteFloat
     """As in the chosen step; 1 where nothing is moved."""
     met: bool
     """Whether the wanted part of the outliers went, with the cosine above its guard; False without outliers."""
+    cut: FiniteFloat | None
+    """Log of a norm over the median norm of its image above which a patch token counts; None without outliers."""
     cutoff: FiniteFloat | None
-    """Norm above which a patch token counts as outlier, from the unedited model; None without outliers."""
+    """The cut as a norm in an image of typical median, for information; None without outliers."""
     outlier_block: NonNegativeInt | None
     """Block after which outliers were marked, from 0: the last, or the clearest where norms drop in the last."""
     emergence_block: NonNegativeInt | None

@@ -22,7 +22,7 @@ from vitreg_eval.analyses.massive import plot_massive_activations
 from vitreg_eval.analyses.neighbours import NeighbourSimilarity, plot_neighbour_similarity
 from vitreg_eval.analyses.norms import plot_norm_histogram, plot_norms_by_kind, plot_norms_per_block, worst_images
 from vitreg_eval.analyses.outlier_positions import plot_outlier_positions
-from vitreg_eval.analyses.overlap import plot_overlap
+from vitreg_eval.analyses.overlap import plot_class_overlap, plot_overlap
 from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, show_image
 from vitreg_eval.analyses.position_probe import plot_position_probe
 from vitreg_eval.analyses.reconstruction import plot_reconstruction
@@ -99,13 +99,13 @@ def given(found: T | None, draw: Callable[[T], Figure]) -> Figure | None:
 def where(exams: Sequence[Exam]) -> Section:
     """Norms, attention and the first principal component of some images."""
     first = exams[0]
-    chosen = worst_images(first.sample.outliers, first.sample.norms[:, -1], SHOWN)
+    chosen = worst_images(first.sample.outliers, first.sample.norms[:, first.diagnosis.block], SHOWN)
     images = [first.picture(index) for index in chosen]
     figures = [
         picture(
             plot_norms_of_images(exams, chosen),
-            "Norms of the patch tokens after the last block, all colours on one logarithmic scale; red squares are "
-            "outliers. Images from most to fewest outliers, evenly spread.",
+            "Norms of the patch tokens after the block that was judged, all colours on one logarithmic scale; red "
+            "squares are outliers. Images from most to fewest outliers, evenly spread.",
         )
     ]
     looks = {exam.name: attention_maps(exam, chosen) for exam in exams if exam.survey.has("attention")}
@@ -139,7 +139,7 @@ def part_of_components(exam: Exam, chosen: Sequence[int]) -> ComponentMaps | Non
 def plot_norms_of_images(exams: Sequence[Exam], chosen: Sequence[int]) -> Figure:
     """Images in the top row, and for each model a row of norm maps; all on one logarithmic scale."""
     figure, grid = panels(1 + len(exams), len(chosen))
-    norms = [exam.sample.norms[list(chosen), -1].log() for exam in exams]
+    norms = [exam.sample.norms[list(chosen), exam.diagnosis.block].log() for exam in exams]
     low, high = min(float(one.min()) for one in norms), max(float(one.max()) for one in norms)
     for column, index in enumerate(chosen):
         show_image(grid[0, column], exams[0].picture(index))
@@ -170,8 +170,8 @@ def since_when(exams: Sequence[Exam], options: DoctorOptions) -> Section:
     ]
     figures += each(
         exams,
-        lambda exam: plot_norm_histogram(norms[exam.name][-1], exam.diagnosis.last, "after the last block"),
-        "norms after the last block, both axes logarithmic.",
+        lambda exam: plot_norm_histogram(norms[exam.name][exam.diagnosis.block], exam.diagnosis.judged, judged(exam)),
+        "norms of the patch tokens, both axes logarithmic.",
     )
     figures += each(
         exams,
@@ -181,10 +181,15 @@ def since_when(exams: Sequence[Exam], options: DoctorOptions) -> Section:
     return Section("Since which block", [rules_line(exam, options) for exam in exams], figures=figures)
 
 
+def judged(exam: Exam) -> str:
+    """After which block norms were judged."""
+    return f"after block {exam.diagnosis.block} of {exam.model.depth}"
+
+
 def rules_line(exam: Exam, options: DoctorOptions) -> str:
     """What other rules would say."""
-    last = exam.diagnosis.last
-    norms = exam.survey.spread("norms")[:, -1]
+    last = exam.diagnosis.judged
+    norms = exam.survey.spread("norms")[:, exam.diagnosis.block]
     line = (
         f"{exam.name}: other rules, for comparison only: 98th percentile {number(last.evidence.percentile_98)} (always "
         f"2 % of the tokens), median + 5 MAD {last.evidence.mad5_share:.2%}, largest over median "
@@ -284,6 +289,11 @@ def registers(exams: Sequence[Exam]) -> Section:
     )
     figures += each(
         exams,
+        lambda exam: given(exam.class_overlap, plot_class_overlap),
+        "overlap of each map with the patches of each class, mean and spread over images.",
+    )
+    figures += each(
+        exams,
         lambda exam: given(exam.replacement, plot_replacement),
         "what changes when the registers are replaced after every block.",
     )
@@ -304,10 +314,17 @@ def before_and_after(changed: Effects | None) -> Section:
         ]
         for one in changed.compared
         for row in one.differences
+        if row.metric not in CONSTANT
     ]
     text = [f"A forward pass takes {changed.time_ratio:.3g} times as long, median of passes in turn."]
+    told = [f"{one.first.task}: {note}." for one in changed.compared for note in (*one.first.notes, *one.other.notes)]
+    text += dict.fromkeys([*told, *(f"{note}." for one in changed.compared for note in one.notes[-1:])])
     table = Table(["measure", "before", "after", "after - before, 95 % interval", ""], rows) if rows else None
     return Section("Before and after", text, table)
+
+
+CONSTANT = ("corloc_whole_image", "corloc_center", "corloc_random")
+"""Baselines that no model changes."""
 
 
 def described(one: Result, images: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from vitreg_core.capturing import capture
+from vitreg_core.data.scenes import TEXTURES
 from vitreg_core.denoise import Denoised
 from vitreg_core.errors import InputError
 from vitreg_core.outliers import mark_outliers
@@ -32,7 +33,7 @@ from vitreg_eval.analyses.focus import Focus, focus_sums, positional_focus
 from vitreg_eval.analyses.massive import BlockActivations, MassiveActivations
 from vitreg_eval.analyses.neighbours import NeighbourSimilarity, similarity_by_kind
 from vitreg_eval.analyses.outlier_positions import OutlierPositions, outlier_positions
-from vitreg_eval.analyses.overlap import MapOverlap, map_overlap
+from vitreg_eval.analyses.overlap import ClassOverlap, MapOverlap, map_overlap, overlap_by_class
 from vitreg_eval.analyses.position_probe import PositionProbe, probe_positions
 from vitreg_eval.analyses.reconstruction import (
     LinearReconstruction,
@@ -71,7 +72,7 @@ class Sample:
     """Normalised as the model reads them."""
     norms: Float[Tensor, "n depth p"]
     outliers: Bool[Tensor, "n p"]
-    """After the last block."""
+    """After the block that the diagnosis judges."""
 
 
 def picture_of(model: Model, image: Float[Tensor, "3 height width"]) -> Float[np.ndarray, "height width 3"]:
@@ -137,8 +138,8 @@ class Exam:
 
     @cached_property
     def outliers(self) -> Bool[Tensor, "few p"]:
-        """Outliers after the last block in the images that `survey.spread` gives."""
-        return mark_outliers(self.survey.spread("norms")[:, -1], self.diagnosis.last.cut)
+        """Outliers after the judged block in the images that `survey.spread` gives."""
+        return mark_outliers(self.survey.spread("norms")[:, self.diagnosis.block], self.diagnosis.judged.cut)
 
     @cached_property
     def sample(self) -> Sample:
@@ -151,7 +152,7 @@ class Exam:
             rows = torch.arange(count)
             images = torch.cat([batch.images for batch in image_set.batches(0, count)])
         norms = found.store.rows("norms", rows)
-        return Sample(rows, images, norms, mark_outliers(norms[:, -1], self.diagnosis.last.cut))
+        return Sample(rows, images, norms, mark_outliers(norms[:, self.diagnosis.block], self.diagnosis.judged.cut))
 
     @cached_property
     def patches(self) -> Float[Tensor, "n p d"]:
@@ -181,9 +182,10 @@ class Exam:
         return [*["cls"] * first, *(f"register {index}" for index in range(len(self.survey.prefix) - first))]
 
     def kinds(self) -> dict[str, Float[np.ndarray, " n"]]:
-        """Norms after the last block by kind of token: patches, class token, each register."""
-        named = {"patches": self.survey.spread("norms")[:, -1].flatten().numpy()}
-        values = self.survey.spread("prefix_norms")[:, -1]
+        """Norms after the judged block by kind of token: patches, class token, each register."""
+        block = self.diagnosis.block
+        named = {"patches": self.survey.spread("norms")[:, block].flatten().numpy()}
+        values = self.survey.spread("prefix_norms")[:, block]
         return named | {name: values[:, index].numpy() for index, name in enumerate(self.prefix_names)}
 
     def maps(self) -> Iterator[Float[Tensor, "b m rows cols"]]:
@@ -219,10 +221,10 @@ class Exam:
     @analysis("outlier positions")
     def positions(self) -> OutlierPositions:
         """Where in the image outliers are; of all images."""
-        if not self.diagnosis.last.found:
+        if not self.diagnosis.judged.found:
             raise no_outliers("positions of outliers")
-        cut = self.diagnosis.last.cut
-        marked = [mark_outliers(norms[:, -1], cut) for norms in self.survey.pieces("norms")]
+        block, cut = self.diagnosis.block, self.diagnosis.judged.cut
+        marked = [mark_outliers(norms[:, block], cut) for norms in self.survey.pieces("norms")]
         return outlier_positions(torch.cat(marked), self.survey.grid, seed=self.options.seed)
 
     @analysis("neighbour similarity at the input")
@@ -259,14 +261,30 @@ class Exam:
     @analysis("overlap of maps with objects")
     def overlap(self) -> MapOverlap:
         """How well the maps of class token and registers cover objects; of the sample, where masks are known."""
+        objects = F.avg_pool2d(self.masks().gt(0).float()[:, None], self.model.patch_size)[:, 0] > 0.5
+        maps = self.survey.store.rows("attention", self.sample.rows)
+        return map_overlap(maps, objects, class_token="cls" in self.survey.prefix, seed=self.options.seed)
+
+    @analysis("overlap of maps with classes")
+    def class_overlap(self) -> ClassOverlap:
+        """How well each map covers the patches of each texture, by the pixel in the middle of a patch; as `overlap`."""
+        half, side = self.model.patch_size // 2, self.model.patch_size
+        rows, cols = self.survey.grid
+        classes = self.masks()[:, half::side, half::side][:, :rows, :cols]
+        maps = self.survey.store.rows("attention", self.sample.rows)
+        return overlap_by_class(maps, classes, dict(enumerate(TEXTURES, 1)), class_token="cls" in self.survey.prefix)
+
+    def masks(self) -> Int[Tensor, "n height width"]:
+        """Class of every pixel of the sample, 0 for none.
+
+        Raises:
+            InputError: photos, whose objects nobody has marked; no maps to hold against them.
+        """
         self.need("attention")
         if self.survey.images.names or not self.survey.prefix:
             raise InputError("needs the masks of objects, as drawn scenes have them, and a class token or registers")
         batches = self.survey.images.images.batches(0, self.sample_images)
-        masks = torch.cat([batch.targets["mask"] for batch in batches])[:, None].gt(0).float()
-        objects = F.avg_pool2d(masks, self.model.patch_size)[:, 0] > 0.5
-        maps = self.survey.store.rows("attention", self.sample.rows)
-        return map_overlap(maps, objects, class_token="cls" in self.survey.prefix, seed=self.options.seed)
+        return torch.cat([batch.targets["mask"] for batch in batches]).long()
 
     @analysis("position probe")
     def position_probe(self) -> PositionProbe:
@@ -291,7 +309,7 @@ class Exam:
         """Artifact score against the complexity of the pictures."""
         pixels = ((255 * picture_of(self.model, image)).round().astype(np.uint8) for image in self.sample.images)
         measured = [picture_complexity(picture) for picture in pixels]
-        scores = artifact_scores(self.sample.norms[:, -1], self.sample.outliers)
+        scores = artifact_scores(self.sample.norms[:, self.diagnosis.block], self.sample.outliers)
         return relate_to_complexity(scores.max_over_median, measured, seed=self.options.seed)
 
     @analysis("first principal component")
@@ -316,7 +334,7 @@ class Exam:
     @analysis("register neurons")
     def neurons(self) -> RegisterNeurons:
         """The hidden units that write the outliers."""
-        if not self.diagnosis.last.found:
+        if not self.diagnosis.judged.found:
             raise no_outliers("neurons that write them")
         return find_register_neurons(self.one_pass(), self.sample.images[:CALIBRATION])
 
@@ -337,6 +355,7 @@ ANALYSES = (
     "focus",
     "register_similarity",
     "overlap",
+    "class_overlap",
     "position_probe",
     "linear",
     "mlp",

@@ -22,6 +22,8 @@ class Remedied(NamedTuple):
     """None where there is nothing to mend."""
     told: str
     """What was done, in one sentence."""
+    neurons: RegisterNeurons | None = None
+    """The register neurons that were moved; None for other remedies, and where there are none."""
 
 
 def remedy(model: Model, options: DoctorOptions) -> Remedied:
@@ -43,7 +45,7 @@ def remedy(model: Model, options: DoctorOptions) -> Remedied:
         drawn = draw_neurons(model, found, options.seed)
         told = f"a control: {len(drawn)} neurons drawn at random from the same blocks, to {found.tokens} registers"
         return Remedied(with_test_time_registers(model, drawn, found.tokens), told)
-    return Remedied(with_test_time_registers(model, found), f"{found.verdict}, on {found.images} other images")
+    return Remedied(with_test_time_registers(model, found), f"{found.verdict}, on {found.images} other images", found)
 
 
 def draw_neurons(model: Model, found: RegisterNeurons, seed: int) -> list[Neuron]:

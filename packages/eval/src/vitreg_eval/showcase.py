@@ -78,7 +78,7 @@ def norm_section(shown: Exhibit) -> Section:
     """Norms per block, per kind of token, and as maps."""
     patches = {name: measured.patches for name, measured in shown.norms.items()}
     found = {name: diagnose(values) for name, values in patches.items()}
-    short = ["artifacts" if diagnosis.last.found else "no outlier mode" for diagnosis in found.values()]
+    short = ["artifacts" if diagnosis.judged.found else "no outlier mode" for diagnosis in found.values()]
     figures = [
         picture(
             plot_norms_per_block(patches, short),

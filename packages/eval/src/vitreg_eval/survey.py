@@ -179,7 +179,8 @@ def look_at(
     with block_norms(backbone) as norms, ExitStack() as stack:
         seen = stack.enter_context(capture(backbone, -1, inside)) if inside else None
         features = backbone.features(images)
-    rows = split_norms(torch.stack(norms, dim=1), backbone.num_prefix_tokens)
+    rows = split_norms(torch.stack(norms[1:], dim=1), backbone.num_prefix_tokens)
+    rows["input_norms"] = norms[0][:, -features.patches.shape[1] :].contiguous()
     rows["output_similarity"] = neighbour_similarity(features.patches.float(), features.grid)
     if "embeddings" in parts:
         rows["input_similarity"] = neighbour_similarity(backbone.embeddings(images).float(), features.grid)
@@ -217,14 +218,19 @@ FACETS = ("queries", "keys", "values")
 
 @contextmanager
 def block_norms(backbone: Backbone) -> Iterator[list[Float[Tensor, "b n"]]]:
-    """L2 norms of all tokens after every block, before the final norm, in float32, of one forward pass."""
+    """L2 norms, in float32, of all tokens of one forward pass: before the first block, then after every block."""
     assert isinstance(backbone, nn.Module)
     norms: list[Float[Tensor, "b n"]] = []
 
     def measure(_block: nn.Module, _inputs: object, tokens: Float[Tensor, "b n d"]) -> None:
         norms.append(torch.linalg.vector_norm(tokens.float(), dim=-1))
 
-    handles = [block.register_forward_hook(measure) for block in find_anatomy(backbone).blocks]
+    def enter(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        measure(block, inputs, next(iter([*inputs, *named.values()])))
+
+    blocks = find_anatomy(backbone).blocks
+    handles = [block.register_forward_hook(measure) for block in blocks]
+    handles.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
     try:
         yield norms
     finally:

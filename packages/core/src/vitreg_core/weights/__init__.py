@@ -64,9 +64,10 @@ def save_model(
             names of DINOv2's own models. `load_model` reads all three.
 
     Raises:
-        InputError: the model holds other tensors than its config says, the other library cannot compute what it does
-            (names the field; test-time registers fit no other), or the folder cannot be written.
+        InputError: a model of another library, one that holds other tensors than its config says, or that `layout`
+            cannot hold (names the field; test-time registers fit `vitreg` alone), or the folder cannot be written.
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout={layout!r} is not one of {', '.join(LAYOUTS)}{nearest(layout, LAYOUTS)}")
+    save.refuse_foreign(model)
     LAYOUTS[layout](model, Path(folder))

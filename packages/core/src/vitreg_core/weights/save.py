@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vitreg_core.backbones.adapter import Adapter
 from vitreg_core.config import PreprocessConfig, ViTConfig, override
 from vitreg_core.errors import InputError
 from vitreg_core.vit import VisionTransformer
@@ -188,6 +189,20 @@ def dinov2_tensors(config: ViTConfig, ours: Tensors) -> Tensors:
         theirs |= {name: torch.ones_like(ours["cls"]) for name in scales}
     kept = (name for name in ours if name.startswith(("patch_embed.", "blocks.", "norm.")))
     return {**theirs, **{name: ours[name] for name in kept}}
+
+
+def refuse_foreign(model: object) -> None:
+    """Refuse what is no vitreg model.
+
+    Raises:
+        InputError: says what can be saved.
+    """
+    if not isinstance(model, VisionTransformer):
+        kind = type(model.model if isinstance(model, Adapter) else model).__name__
+        raise InputError(
+            f"{kind} is no vitreg model and cannot be written by save_model; open its weights by load_model(SOURCE) "
+            "and save that, or use its own library"
+        )
 
 
 def refuse(folder: Path, layout: str, model: VisionTransformer, fields: list[Wanted]) -> None:

@@ -67,13 +67,6 @@ def prefix_maps(
     return on_grid(attention.mean(dim=1)[:, :prefix, prefix:], grid)
 
 
-def head_maps(
-    attention: Float[Tensor, "b h n n"], prefix: int, grid: tuple[int, int]
-) -> Float[Tensor, "b h prefix rows cols"]:
-    """Where each head of class token and registers looks: patches only, each map summing to 1."""
-    return on_grid(attention[:, :, :prefix, prefix:], grid)
-
-
 def patch_query_map(
     attention: Float[Tensor, "b h n n"], prefix: int, grid: tuple[int, int]
 ) -> Float[Tensor, "b rows cols"]:

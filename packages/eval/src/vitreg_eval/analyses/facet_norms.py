@@ -37,15 +37,10 @@ def head_norms(facet: Float[Tensor, "b h n k"], prefix: int) -> Float[Tensor, "b
     """L2 norm of the vectors of the patches in every head, in float32.
 
     Args:
-        facet: queries, keys, values or attention output of all tokens.
+        facet: queries, keys or values of all tokens.
         prefix: tokens before the patches.
     """
     return facet[:, :, prefix:].float().norm(dim=-1)
-
-
-def attention_output(attention: Float[Tensor, "b h n n"], values: Float[Tensor, "b h n k"]) -> Float[Tensor, "b h n k"]:
-    """What each head hands every token, before the output projection joins the heads."""
-    return attention @ values
 
 
 def facet_norms(norms: Mapping[str, Float[Tensor, "b h p"]], outliers: Bool[Tensor, "b p"]) -> list[FacetNorms]:

@@ -1,4 +1,4 @@
-"""Norms of tokens, by block and by kind (registers paper, figures 3, 4, 7 and 16)."""
+"""Norms of tokens, by block and by kind (registers paper, figures 3, 4 and 7)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from vitreg_core.outliers import Outliers
 
-from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, plain_log_ticks, show_image
+from vitreg_eval.analyses.panels import OUTLIER_COLOUR, panels, plain_log_ticks
 
 QUANTILES = (0.5, 0.9, 0.98, 0.999, 1.0)
 
@@ -59,26 +59,6 @@ def plot_norm_histogram(norms: Float[Tensor, "b p"], found: Outliers, title: str
     axes.set_xlabel("L2 norm of patch tokens")
     axes.set_ylabel("tokens")
     axes.set_title(title, fontsize=9)
-    return figure
-
-
-def plot_norm_maps(
-    images: Sequence[np.ndarray],
-    before: Float[Tensor, "b rows cols"],
-    after: Float[Tensor, "b rows cols"],
-    names: Sequence[str],
-) -> Figure:
-    """Each image with its map of norms at two blocks; one logarithmic colour scale for all maps."""
-    figure, grid = panels(3, len(images))
-    scale = {"vmin": float(before.log().min()), "vmax": float(after.log().max()), "cmap": "magma"}
-    for column, image in enumerate(images):
-        show_image(grid[0, column], image)
-        for row, norms in ((1, before), (2, after)):
-            grid[row, column].imshow(norms[column].log().numpy(), **scale)
-            grid[row, column].set_xticks([])
-            grid[row, column].set_yticks([])
-    for row, name in enumerate(("image", *names)):
-        grid[row, 0].set_ylabel(name, fontsize=8)
     return figure
 
 

@@ -59,8 +59,11 @@ class DoctorOptions(NormsOptions):
         if len(shown) > 1:
             raise InputError(f"{' and '.join(shown)}: one second model is shown; give one of them")
         for name in EFFECTS:
-            if getattr(self, name) is not None and not shown:
-                raise InputError(f"--{name} {getattr(self, name)}: before and after what? Give --remedy or --after")
+            folder = getattr(self, name)
+            if folder is not None and not shown:
+                raise InputError(f"--{name} {folder}: before and after what? Give --remedy or --after")
+            if folder is not None and not folder.is_dir():
+                raise InputError(f"--{name} {folder}: no such folder; give the data of that task, or leave it out")
         if AUTO in self.registers:
             raise InputError(
                 "--registers auto: this task looks into single blocks, whose tokens then differ; give numbers"

@@ -32,8 +32,8 @@ def metrics_of(exam: Exam, cutoff: float | None) -> dict[str, Metric]:
     """The verdict in numbers, and the share above a cutoff of one's own."""
     metrics = outlier_metrics(exam.diagnosis, exam.options.seed)
     images = len(exam.survey)
-    if exam.diagnosis.last.ratio is not None:
-        metrics["outlier_ratio"] = Metric(value=exam.diagnosis.last.ratio, n=images)
+    if exam.diagnosis.judged.ratio is not None:
+        metrics["outlier_ratio"] = Metric(value=exam.diagnosis.judged.ratio, n=images)
     if exam.diagnosis.emergence is not None:
         metrics["emergence_depth"] = Metric(value=exam.diagnosis.emergence / len(exam.diagnosis.blocks), n=images)
     if cutoff is not None:
@@ -56,7 +56,7 @@ def summaries(norms: Mapping[str, Float[Tensor, "b p"]]) -> dict[str, NormSummar
 def histograms(given: Given) -> Drawn:
     """Norms of the patches of every model, one below the other."""
     norms = last_norms(given)
-    found = [exam.diagnosis.last for exam in given.exams]
+    found = [exam.diagnosis.judged for exam in given.exams]
     drawing = Drawing(
         plot_histograms(norms, found, given.options.cutoff),
         "Norms of patch tokens after the last block, before the final norm; all models on the same axes.",

@@ -4,6 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from vitreg_core.errors import InputError
+from vitreg_core.vit import VisionTransformer
+from vitreg_core.weights import save_model
+
 from vitreg_eval import doctor_page, report
 from vitreg_eval.config import DoctorOptions
 from vitreg_eval.diagnosis import block_record, outlier_metrics
@@ -20,6 +24,8 @@ from vitreg_eval.survey import survey
 PAGE = "doctor.html"
 SURVEY = "survey"
 """Folder for records where there is no cache; it goes when the page is there."""
+NEURONS, MENDED = "neurons.json", "mended"
+"""The register neurons that a remedy found, and the folder of the model that they were moved in."""
 EFFECTS = "effects"
 """Folder for the results of the tasks before and after a remedy."""
 
@@ -52,10 +58,11 @@ def run(backbone: Model, options: DoctorOptions, out: Path) -> Outcome:
     changed = effects(exams[0], exams[1], options, out / EFFECTS) if mended else None
     metrics = [outlier_metrics(exam.diagnosis, options.seed) | probe_metrics(exam) for exam in exams]
     write_findings(exams, metrics, changed, second.told, out)
+    kept = keep(second, out)
     made = doctor_page.page(exams, metrics, changed, second.told, options, settings(options))
     report.write_page(made, out / PAGE)
     shutil.rmtree(out / SURVEY, ignore_errors=True)
-    return Outcome(metrics[0], data, [*made.lead, *notes(exams, changed), *where(out)])
+    return Outcome(metrics[0], data, [*made.lead, *notes(exams, changed), *kept, *where(out)])
 
 
 def open_second(backbone: Model, options: DoctorOptions) -> Remedied:
@@ -63,7 +70,38 @@ def open_second(backbone: Model, options: DoctorOptions) -> Remedied:
     if options.remedy is not None:
         return remedy(backbone, options)
     source = options.compare or options.after
-    return Remedied(open_model(source).to(device(options)) if source else None, "")
+    if source is None:
+        return Remedied(None, "")
+    model = open_model(source).to(device(options))
+    if options.after is not None:
+        refuse_unlike(backbone, model, source)
+    return Remedied(model, "")
+
+
+def refuse_unlike(before: Model, after: Model, source: str) -> None:
+    """Refuse a model that cannot be the first one after a remedy.
+
+    Raises:
+        InputError: names what differs.
+    """
+    for name in ("patch_size", "embed_dim", "depth"):
+        here, there = getattr(before, name), getattr(after, name)
+        if here != there:
+            raise InputError(f"--after {source}: {name} {there}, and {here} before; show another model by --compare")
+    here, there = before.preprocess.config.image_size, after.preprocess.config.image_size
+    if here != there:
+        raise InputError(f"--after {source}: reads {there} pixels, and {here} before; show another model by --compare")
+
+
+def keep(second: Remedied, out: Path) -> list[str]:
+    """Write the neurons that were found, and the model that they were moved in where our format holds it."""
+    if second.neurons is None or second.model is None:
+        return []
+    second.neurons.save(out / NEURONS)
+    if not isinstance(second.model, VisionTransformer):
+        return [f"the neurons are in {out / NEURONS}"]
+    save_model(second.model, out / MENDED)
+    return [f"the mended model is {out / MENDED}, its neurons are in {out / NEURONS}"]
 
 
 def name_models(first: Model, second: Model | None, options: DoctorOptions) -> dict[str, Model]:

@@ -3,10 +3,17 @@
 from typing import ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from vitreg_core.config import Config
+from vitreg_core.config import Config, ViTConfig
 from vitreg_core.errors import InputError
 
 from vitreg_recipes.config import RunConfig, RunData
+
+
+class StudentConfig(ViTConfig):
+    """The model that learns: all but what is given here comes with the weights in `init`."""
+
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None  # type: ignore[assignment]
+    """Side in pixels of the images; as large as those of the model in `init` if not given."""
 
 
 class PixelsConfig(RunData):
@@ -60,6 +67,8 @@ class DistillConfig(RunConfig):
     """A run that adds registers to the model in `init`, and trains little else."""
 
     signal: ClassVar[str] = "distill"
+    model: StudentConfig = StudentConfig()
+    """Registers, image size and drop path of the model."""
     data: PixelsConfig = PixelsConfig()
     """What to train on."""
     optim: DistillOptimConfig = DistillOptimConfig()
@@ -102,7 +111,7 @@ class DistillConfig(RunConfig):
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale={low} {high}: give two shares of the area, from low to high, at most 1")
-        if self.model.size[0] != self.model.size[1]:
+        if self.model.image_size is not None and self.model.size[0] != self.model.size[1]:
             raise InputError(f"model.image_size={self.model.image_size}: crops are square; give one number")
         if self.strategy != "ddp":
             raise InputError(f"strategy={self.strategy}: the teacher is copied to every process; use ddp")

@@ -1,8 +1,6 @@
 """Runs that add registers to a trained model, by distilling it into itself (PH-Reg: Chen et al. 2025, 2505.21501)."""
 
-from vitreg_core.config import ViTConfig
-
-from vitreg_recipes.distill.config import DistillConfig, DistillOptimConfig, PixelsConfig, ShiftConfig
+from vitreg_recipes.distill.config import DistillConfig, DistillOptimConfig, PixelsConfig, ShiftConfig, StudentConfig
 
 
 def distill_registers() -> DistillConfig:
@@ -13,7 +11,7 @@ def distill_registers() -> DistillConfig:
     Cost: 800 images, each seen by the teacher five times; four minutes of one CPU core.
     """
     return DistillConfig(
-        model=ViTConfig(registers=4, register_std=0.02),
+        model=StudentConfig(registers=4, register_std=0.02),
         data=PixelsConfig(path="photos", batch_size=8),
         optim=DistillOptimConfig(lr=2e-3, min_lr=2e-5, weights_lr=0.05, warmup_steps=10),
         teacher=ShiftConfig(shifts=4),

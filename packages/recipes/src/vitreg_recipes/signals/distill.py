@@ -41,6 +41,9 @@ def assemble(config: DistillConfig, accelerator: Accelerator) -> Parts:
     """Build the parts of a run. The registers start alike in all processes."""
     set_seed(config.seed)
     teacher, student = build(config)
+    if accelerator.is_main_process:
+        whose = f"as {config.init} reads them" if config.model.image_size is None else "as model.image_size says"
+        tqdm.write(f"images of {student.preprocess.config.image_size} pixels, {whose}", file=sys.stderr)
     data = PixelData(config, student.preprocess.config)
     if config.start == "outliers":
         seed(student, data, accelerator, teacher.num_registers)
@@ -78,19 +81,39 @@ def build(config: DistillConfig) -> Pair:
     there, wanted = teacher.num_registers, config.model.registers
     if wanted <= there:
         raise InputError(
-            f"model.registers={wanted} with init={config.init}, which has {there} already; give at least {there + 1} "
-            "to add some"
+            f"model.registers={wanted} with init={config.init}, which has {there} already; give "
+            f"--model.registers {there + 4} to add four"
         )
     if config.last_blocks > teacher.depth:
-        raise InputError(f"last_blocks={config.last_blocks} of a model with {teacher.depth} blocks; give fewer")
-    if teacher.config.size != config.model.size:
-        teacher.set_input_size(config.model.image_size)
+        raise InputError(
+            f"last_blocks={config.last_blocks} with init={config.init}, which has {teacher.depth} blocks; give "
+            f"--last_blocks {teacher.depth}"
+        )
+    side = find_side(teacher, config)
+    if teacher.config.size != (side, side):
+        teacher.set_input_size(side)
     draw_views(teacher.config.grid)  # which refuses a single patch
-    side = max(config.model.size)
     teacher.preprocess.config = override(teacher.preprocess.config, {"image_size": side})
     student = with_new_registers(teacher, config)
     choose(student, config.last_blocks)
     return Pair(teacher.requires_grad_(False).eval(), student)  # noqa: FBT003 (torch's)
+
+
+def find_side(teacher: VisionTransformer, config: DistillConfig) -> int:
+    """Side in pixels of the images of a run: the one given, or that of the model of the start.
+
+    Raises:
+        InputError: none is given, and the model reads images that are no squares.
+    """
+    if config.model.image_size is not None:
+        return max(config.model.size)
+    height, width = teacher.config.size
+    if height != width:
+        raise InputError(
+            f"init={config.init} reads images of {height}x{width} pixels, and crops are square; give "
+            f"--model.image_size {max(height, width)}"
+        )
+    return height
 
 
 def with_new_registers(model: VisionTransformer, config: DistillConfig) -> VisionTransformer:
