@@ -111,6 +111,28 @@ def test_twelve_sets_are_as_good_as_the_table_at_full_depth(
 
 
 @full_depth
+def test_outliers_behind_a_heavy_tail_are_found_in_most_sets_at_full_depth() -> None:
+    """The table has 10 of 12 sets, precision .92 and recall .67, for a bulk whose width it does not say; ours is .08.
+
+    At the width of `BULKS`, .115, no set is found: the tail reaches into the outliers.
+    """
+    measured = []
+    for seed in SETS:
+        rng = np.random.default_rng(seed)
+        planted = rng.random((256, 196)) < 0.03
+        logs = 0.08 * rng.standard_t(3, planted.shape) + np.log(3) * planted
+        outliers = find_outliers(torch.from_numpy(20 * np.exp(logs)))
+        if outliers.found:
+            measured.append(precision_recall(outliers.mask, planted))
+    means = np.mean(measured, axis=0)
+    found = f"found in {len(measured)} of 12, precision {means[0]:.3f}, recall {means[1]:.3f}"
+    print(f"\nt3 of width .08, 3.0% x3: {found}")  # noqa: T201
+    assert len(measured) >= 10
+    assert means[0] >= 0.92 - 0.05
+    assert means[1] >= 0.67 - 0.05
+
+
+@full_depth
 @pytest.mark.parametrize("bulk", BULKS)
 def test_twelve_sets_of_one_mode_give_no_false_alarm_at_full_depth(bulk: str) -> None:
     alarms = sum(find_outliers(plant(bulk, seed=100 + seed)[0]).found for seed in SETS)
